@@ -1,0 +1,95 @@
+"""The program `sda-fast`: one command per job. A command reads a configuration from its options and calls one function."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sda_fast import __version__
+from sda_fast.arguments import add_config_arguments, config_from_arguments
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's one-line summary and where its configuration dataclass and function live."""
+
+    summary: str
+    module: str
+    config: str
+    function: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "everything on a generated catalogue: model, fine-tuning, vectors, recommendation, report",
+        "sda_fast.demo",
+        "DemoConfig",
+        "run_demo",
+    ),
+    "finetune": Command(
+        "fine-tune a vision-language model on a catalogue (CMSA + MoDA)",
+        "sda_fast.train",
+        "FinetuneConfig",
+        "finetune",
+    ),
+    "embed": Command("turn a whole catalogue into one table of item vectors", "sda_fast.embed", "EmbedConfig", "embed"),
+    "recommend": Command(
+        "train and evaluate recommenders on item vectors", "sda_fast.recommend", "RecommendConfig", "recommend"
+    ),
+    "report": Command(
+        "write one page with tables and pictures from the other jobs' results",
+        "sda_fast.report",
+        "ReportConfig",
+        "write_report",
+    ),
+    "tiny": Command(
+        "build the small Qwen2.5-VL model that runs anywhere", "sda_fast.lvlm.tiny", "TinyConfig", "build_tiny"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `sda-fast`; returns the exit status (0 done, 2 a clear error in what was given, 130 interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="sda-fast",
+        description="SDA (CMSA + MoDA, arXiv 2512.06883) for multimodal recommendation: fast kernels, small memory.",
+    )
+    parser.add_argument("--version", action="version", version=f"sda-fast {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    parser.add_argument("--quiet", action="store_true", help="show warnings only")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    wanted = next((word for word in words if word in COMMANDS), None)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.summary, description=command.summary)
+        if name == wanted:
+            add_config_arguments(subparser, getattr(importlib.import_module(command.module), command.config))
+    arguments = parser.parse_args(words)
+    logging.basicConfig(
+        level=logging.WARNING if arguments.quiet else logging.INFO, format="%(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    command = COMMANDS[arguments.command]
+    module = importlib.import_module(command.module)
+    try:
+        config = config_from_arguments(getattr(module, command.config), arguments)
+        result = getattr(module, command.function)(config)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept and a second start continues from there", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        if arguments.debug:
+            raise
+        print(f"sda-fast {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    if result is not None:
+        print(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
