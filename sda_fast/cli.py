@@ -1,4 +1,4 @@
-"""The program `sda-fast`: one command per job. A command reads a configuration from its options and calls one function."""
+"""The program `sda-fast`: one command per job, each a configuration from options and one function call."""
 
 from __future__ import annotations
 
