@@ -1,0 +1,44 @@
+"""The gate of MoDA inside kernels: G[row, j] = scaling * gates[which(row), expert(j)].
+
+`which(row)` is the row itself for gates given per row, else `modality_ids[row // rows_per_sequence]`: one id per
+sequence, or per row where rows_per_sequence is 1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gate_rows(modality_ids_ptr, rows, row_mask, rows_per_sequence, GATE_PER_ROW: tl.constexpr):
+    """The row of the gate table that belongs to each of `rows`, as int64."""
+    if GATE_PER_ROW:
+        return rows.to(tl.int64)
+    return tl.load(modality_ids_ptr + rows // rows_per_sequence, mask=row_mask, other=0).to(tl.int64)
+
+
+@triton.jit
+def load_gated(
+    h_ptr,
+    gates_ptr,
+    modality_ids_ptr,
+    rows,
+    row_mask,
+    R,
+    stride_h_row,
+    stride_gates_row,
+    rows_per_sequence,
+    rank_per_expert,
+    scaling,
+    GATE_PER_ROW: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """h * G for the given rows and all ranks, float32 [rows, BLOCK_R], zero outside the mask and beyond R."""
+    ranks = tl.arange(0, BLOCK_R)
+    mask = row_mask[:, None] & (ranks < R)[None, :]
+    h = tl.load(h_ptr + rows.to(tl.int64)[:, None] * stride_h_row + ranks[None, :], mask=mask, other=0.0)
+    which = gate_rows(modality_ids_ptr, rows, row_mask, rows_per_sequence, GATE_PER_ROW)
+    experts = ranks // rank_per_expert
+    gates = tl.load(gates_ptr + which[:, None] * stride_gates_row + experts[None, :], mask=mask, other=0.0)
+    return h.to(tl.float32) * (gates.to(tl.float32) * scaling)

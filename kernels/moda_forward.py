@@ -1,0 +1,281 @@
+"""MoDA forward: h = dropout(x) A^T in one pass over x, and y += (h * G) B^T in one pass over y.
+
+Sizes: M rows, K inputs, N outputs, R total rank, E experts; expert e owns ranks e*R/E ... (e+1)*R/E - 1. Products are
+accumulated in float32; A, B and h * G are rounded to the dtype of the activations before they meet the tensor cores.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sda_fast.kernels.configs import LaunchConfig, config_for, padded_rank, programs_wanted
+from sda_fast.kernels.gating import load_gated
+from sda_fast.kernels.philox import dropout_scale, dropout_threshold, keep_tile
+
+LARGEST_RANK_BLOCK = 256
+
+
+@triton.jit
+def project_kernel(
+    x_ptr,
+    weight_ptr,
+    h_ptr,
+    seed_ptr,
+    M,
+    K,
+    R,
+    stride_x_row,
+    stride_weight_rank,
+    stride_weight_column,
+    stride_h_split,
+    stride_h_row,
+    blocks_per_split,
+    threshold,
+    keep_scale,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1)
+    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_mask = rows < M
+    rank_mask = ranks < R
+    x_row_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x_row
+    weight_rank_ptrs = weight_ptr + ranks.to(tl.int64)[None, :] * stride_weight_rank
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    first_block = split * blocks_per_split
+    for block in range(first_block, tl.minimum(first_block + blocks_per_split, tl.cdiv(K, BLOCK_K))):
+        first_column = block * BLOCK_K
+        columns = first_column + tl.arange(0, BLOCK_K)
+        column_mask = columns < K
+        x = tl.load(x_row_ptrs + columns[None, :], mask=row_mask[:, None] & column_mask[None, :], other=0.0)
+        weight = tl.load(
+            weight_rank_ptrs + columns.to(tl.int64)[:, None] * stride_weight_column,
+            mask=column_mask[:, None] & rank_mask[None, :],
+            other=0.0,
+        )
+        if HAS_DROPOUT:
+            keep = keep_tile(seed, rows, first_column, tl.cdiv(K, 8), threshold, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        accumulator = tl.dot(x, weight.to(x.dtype), accumulator, input_precision="tf32x3")
+    if HAS_DROPOUT:
+        accumulator *= keep_scale
+    h_ptrs = h_ptr + split.to(tl.int64) * stride_h_split + rows.to(tl.int64)[:, None] * stride_h_row + ranks[None, :]
+    tl.store(h_ptrs, accumulator, mask=row_mask[:, None] & rank_mask[None, :])
+
+
+@triton.jit
+def expand_add_kernel(
+    y_ptr,
+    h_ptr,
+    lora_B_ptr,
+    gates_ptr,
+    modality_ids_ptr,
+    M,
+    N,
+    R,
+    stride_y_row,
+    stride_h_row,
+    stride_B_row,
+    stride_gates_row,
+    rows_per_sequence,
+    rank_per_expert,
+    scaling,
+    GATE_PER_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    # Programs that share rows follow each other, so that h and the gates stay in the cache.
+    blocks_of_columns = tl.cdiv(N, BLOCK_N)
+    rows = tl.program_id(0) // blocks_of_columns * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) % blocks_of_columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, BLOCK_R)
+    row_mask = rows < M
+    column_mask = columns < N
+    mask = row_mask[:, None] & column_mask[None, :]
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y_row + columns[None, :]
+    y = tl.load(y_ptrs, mask=mask, other=0.0)
+    lora_B = tl.load(
+        lora_B_ptr + columns.to(tl.int64)[None, :] * stride_B_row + ranks[:, None],
+        mask=column_mask[None, :] & (ranks < R)[:, None],
+        other=0.0,
+    )
+    gated = load_gated(
+        h_ptr,
+        gates_ptr,
+        modality_ids_ptr,
+        rows,
+        row_mask,
+        R,
+        stride_h_row,
+        stride_gates_row,
+        rows_per_sequence,
+        rank_per_expert,
+        scaling,
+        GATE_PER_ROW,
+        BLOCK_R,
+    )
+    update = tl.dot(gated.to(y.dtype), lora_B.to(y.dtype), input_precision="tf32x3")
+    tl.store(y_ptrs, (y.to(tl.float32) + update).to(y.dtype), mask=mask)
+
+
+def with_unit_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix itself if neighbouring columns are neighbours in memory, else a contiguous copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+
+
+def project(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    split_k: int | None = None,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """h = dropout(x) A^T, one pass over x for all adapters whose A are stacked.
+
+    Args:
+        x: [M, K], float32, float16 or bfloat16; rows may be strided.
+        lora_A: [R, K], float32, float16 or bfloat16; the stacked A of every layer that reads x.
+        dropout_p: probability of dropping an element of x; 0 switches dropout off.
+        seed: one int64 element on x's device; needed when dropout_p > 0.
+        out: [M, R] float32 to write into, unit column stride; allocated if absent.
+        split_k: into how many parts K is cut, each summed separately and then together in a fixed order;
+            chosen from M if absent.
+    Returns:
+        h, [M, R] float32.
+    """
+    M, R = x.shape[0], lora_A.shape[0]
+    h = torch.empty(M, R, dtype=torch.float32, device=x.device) if out is None else out
+    if M == 0 or R == 0:
+        return h
+    partials = project_partials(
+        x, lora_A, dropout_p=dropout_p, seed=seed, out=h, split_k=split_k, config=config or config_of_rank(x, R)
+    )
+    return h if partials is None else torch.sum(partials, dim=0, out=h)
+
+
+def config_of_rank(x: torch.Tensor, rank: int) -> LaunchConfig:
+    """The configuration of `project` for a rank that may exceed one block."""
+    return config_for("project", x.dtype, min(rank, LARGEST_RANK_BLOCK))
+
+
+def project_partials(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    out: torch.Tensor,
+    split_k: int | None,
+    config: LaunchConfig,
+) -> torch.Tensor | None:
+    """`project` without the last sum: fills `out` and returns None, or returns the partial sums [splits, M, R].
+
+    `weight` is [R, K] with any strides.
+    """
+    x = with_unit_columns(x)
+    (M, K), R = x.shape, weight.shape[0]
+    block_r = min(padded_rank(R), LARGEST_RANK_BLOCK)
+    blocks_of_rows = triton.cdiv(M, config.block_m)
+    blocks_of_ranks = triton.cdiv(R, block_r)
+    blocks_of_columns = triton.cdiv(K, config.block_n)
+    if split_k is None:
+        # A part shorter than four blocks of columns does not pay for its share of the final sum.
+        split_k = min(programs_wanted(x.device) // (blocks_of_rows * blocks_of_ranks), blocks_of_columns // 4)
+    blocks_per_split = triton.cdiv(blocks_of_columns, max(1, min(split_k, blocks_of_columns)))
+    splits = max(1, triton.cdiv(blocks_of_columns, max(1, blocks_per_split)))
+    partials = None
+    if splits > 1:
+        partials = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
+    target = out if partials is None else partials
+    project_kernel[(blocks_of_rows, splits, blocks_of_ranks)](
+        x,
+        weight,
+        target,
+        seed,
+        M,
+        K,
+        R,
+        x.stride(0),
+        weight.stride(0),
+        weight.stride(1),
+        0 if partials is None else partials.stride(0),
+        target.stride(-2),
+        blocks_per_split,
+        dropout_threshold(dropout_p),
+        dropout_scale(dropout_p),
+        HAS_DROPOUT=dropout_p > 0,
+        BLOCK_M=config.block_m,
+        BLOCK_R=block_r,
+        BLOCK_K=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+    return partials
+
+
+def expand_add(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    gates: torch.Tensor,
+    modality_ids: torch.Tensor | None,
+    scaling: float,
+    *,
+    rows_per_sequence: int = 1,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """y += (h * G) B^T in place, rounded once.
+
+    Args:
+        y: [M, N], float32, float16 or bfloat16, unit column stride; rows may be strided.
+        h: [M, R] float32 from `project`; may be a slice of a group's h (unit column stride).
+        lora_B: [N, R], float32, float16 or bfloat16, unit column stride.
+        gates: [modalities, E], or [M, E] when modality_ids is None; R must be a multiple of E.
+        modality_ids: [ceil(M / rows_per_sequence)] integers, or None.
+        scaling: alpha / r.
+        rows_per_sequence: how many consecutive rows share one id; 1 means one id per row.
+    Returns:
+        y.
+    """
+    (M, N), R = y.shape, h.shape[1]
+    if M == 0 or N == 0 or R == 0:
+        return y
+    config = config or config_for("expand_add", y.dtype, R)
+    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    expand_add_kernel[grid](
+        y,
+        h,
+        lora_B,
+        gates,
+        modality_ids,
+        M,
+        N,
+        R,
+        y.stride(0),
+        h.stride(0),
+        lora_B.stride(0),
+        gates.stride(0),
+        rows_per_sequence,
+        R // gates.shape[1],
+        scaling,
+        GATE_PER_ROW=modality_ids is None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=padded_rank(R),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+    return y
