@@ -140,7 +140,7 @@ def read_items(path: str | Path, image_folder: str | Path | None = None) -> Cata
 
 
 def write_items(catalogue: Catalogue, path: str | Path) -> None:
-    """Write JSON lines (gzipped if `path` ends in .gz) atomically, with image paths relative to the folder of `path`."""
+    """Write JSON lines (gzipped if `path` ends in .gz) atomically, image paths relative to the folder of `path`."""
     path = Path(path)
     lines = []
     for item in catalogue:
