@@ -1,0 +1,120 @@
+"""A contrastive step over a large batch in the memory of one chunk (gradient caching, arXiv 2101.06983)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Encode = Callable[[Any, str], Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class RandomState(NamedTuple):
+    """The states of torch's generators: the CPU's, and every CUDA device's once CUDA is in use."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Autocast off: a backward pass must run in the dtypes that its forward pass recorded."""
+    with contextlib.ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def cached_contrastive_step(
+    encode: Encode,
+    image_chunks: Sequence[Any],
+    text_chunks: Sequence[Any],
+    loss_fn: LossFunction,
+    *,
+    backward: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Forward and backward of `loss_fn(images, texts)` over all chunks, holding the graph of one chunk at a time.
+
+    Every chunk is encoded without a graph; the loss gives the gradient of every vector; then each chunk is encoded
+    again with a graph, from the same random state, and its slice of the gradients is sent back. Gradients are added to
+    the `.grad` of whatever `encode` and `loss_fn` depend on: the same numbers, to rounding, as
+
+        loss_fn(torch.cat([encode(c, "image") for c in image_chunks]),
+                torch.cat([encode(c, "text") for c in text_chunks])).backward()
+
+    with dropout, checkpointing and autocast (around this call) included, as long as `encode` treats the items of a
+    chunk independently of each other (no batch normalisation in training mode) and draws its random numbers from
+    torch's default generators. Memory: one chunk's graph, plus the vectors and their gradients.
+
+    Under DistributedDataParallel call this inside `model.no_sync()` and reduce the gradients afterwards
+    (`sda_fast.losses.distributed.sum_gradients`): each chunk is one backward pass.
+
+    Args:
+        encode: (chunk, "image" or "text") -> [b, D] vectors of the chunk's b items.
+        image_chunks: the batch's image side, in pieces of any size; each is handed to `encode` as it is, twice.
+        text_chunks: the text side; the pieces may be cut elsewhere, the items must come in the same order.
+        loss_fn: ([B, D], [B, D]) -> scalar.
+        backward: called with the loss instead of `loss.backward()`, to scale it (`accelerator.backward`,
+            `lambda loss: scaler.scale(loss).backward()`); the scale carries over to every gradient.
+
+    Returns:
+        The loss, detached.
+
+    Raises:
+        ValueError: no chunks, or the two sides have different numbers of items.
+    """
+    sides = (("image", list(image_chunks)), ("text", list(text_chunks)))
+    for modality, chunks in sides:
+        if not chunks:
+            raise ValueError(f"cached_contrastive_step got no {modality} chunks")
+
+    states: dict[str, list[RandomState]] = {}
+    sizes: dict[str, list[int]] = {}
+    vectors: list[Tensor] = []
+    with torch.no_grad():
+        for modality, chunks in sides:
+            states[modality], pieces = [], []
+            for chunk in chunks:
+                states[modality].append(RandomState.now())
+                pieces.append(encode(chunk, modality).detach())
+            sizes[modality] = [len(piece) for piece in pieces]
+            vectors.append(torch.cat(pieces))
+    images, texts = (side.requires_grad_() for side in vectors)
+    if len(images) != len(texts):
+        raise ValueError(f"the image chunks hold {len(images)} items but the text chunks {len(texts)}")
+
+    with torch.enable_grad():
+        loss = loss_fn(images, texts)
+    with _without_autocast():
+        if backward is None:
+            loss.backward()
+        else:
+            backward(loss)
+    state_after = RandomState.now()
+
+    for (modality, chunks), side in zip(sides, (images, texts), strict=True):
+        if side.grad is None:
+            continue
+        for chunk, state, gradient in zip(chunks, states[modality], side.grad.split(sizes[modality]), strict=True):
+            state.restore()
+            with torch.enable_grad():
+                chunk_vectors = encode(chunk, modality)
+            if chunk_vectors.requires_grad:
+                with _without_autocast():
+                    chunk_vectors.backward(gradient)
+    state_after.restore()
+    return loss.detach()

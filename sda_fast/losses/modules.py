@@ -1,0 +1,128 @@
+"""CMSA and InfoNCE as modules that own their temperature."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sda_fast.ops.cmsa import cmsa_loss, infonce_loss
+
+
+class _ContrastiveLoss(nn.Module):
+    """The temperature, kept as its logarithm so that no optimiser step can make it zero or negative."""
+
+    log_temperature: Tensor
+
+    def __init__(
+        self,
+        temperature: float,
+        learnable: bool,
+        normalize: bool,
+        backend: Literal["auto", "torch", "triton"],
+        block_size: int | None,
+        workspace_bytes: int | None,
+    ) -> None:
+        super().__init__()
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        log_temperature = torch.tensor(math.log(temperature), dtype=torch.float32)
+        if learnable:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature)
+        self.normalize = normalize
+        self.backend = backend
+        self.block_size = block_size
+        self.workspace_bytes = workspace_bytes
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature now: a positive scalar tensor, with gradient when it is learnable."""
+        return self.log_temperature.float().exp()
+
+    def extra_repr(self) -> str:
+        learnable = isinstance(self.log_temperature, nn.Parameter)
+        return f"temperature={float(self.temperature.detach()):.4g}, learnable={learnable}, normalize={self.normalize}"
+
+
+class CMSALoss(_ContrastiveLoss):
+    """Cross-modal structural alignment with a learnable temperature; see :func:`sda_fast.cmsa_loss`.
+
+    Args:
+        temperature: where it starts; the published value is 3.
+        learnable: train the temperature (a parameter named `log_temperature`) or keep it.
+        detach_teacher, normalize, row_normalized_targets, backend, block_size, workspace_bytes: as in `cmsa_loss`.
+
+    Raises:
+        ValueError: temperature is not positive and finite.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 3.0,
+        learnable: bool = True,
+        *,
+        detach_teacher: bool = False,
+        normalize: bool = False,
+        row_normalized_targets: bool = False,
+        backend: Literal["auto", "torch", "triton"] = "auto",
+        block_size: int | None = None,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__(temperature, learnable, normalize, backend, block_size, workspace_bytes)
+        self.detach_teacher = detach_teacher
+        self.row_normalized_targets = row_normalized_targets
+
+    def forward(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
+        """Image and text vectors [B, D] of one batch of items -> scalar float32 loss."""
+        return cmsa_loss(
+            image_embeddings,
+            text_embeddings,
+            self.temperature,
+            detach_teacher=self.detach_teacher,
+            normalize=self.normalize,
+            row_normalized_targets=self.row_normalized_targets,
+            backend=self.backend,
+            block_size=self.block_size,
+            workspace_bytes=self.workspace_bytes,
+        )
+
+
+class InfoNCELoss(_ContrastiveLoss):
+    """Symmetric InfoNCE with a learnable temperature: CMSA with the identity as targets (the ablation).
+
+    Args:
+        temperature: where it starts; 3 like CMSA's. For normalised vectors something like 0.07 is usual.
+        learnable: train the temperature (a parameter named `log_temperature`) or keep it.
+        normalize, backend, block_size, workspace_bytes: as in `cmsa_loss`.
+
+    Raises:
+        ValueError: temperature is not positive and finite.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 3.0,
+        learnable: bool = True,
+        *,
+        normalize: bool = False,
+        backend: Literal["auto", "torch", "triton"] = "auto",
+        block_size: int | None = None,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__(temperature, learnable, normalize, backend, block_size, workspace_bytes)
+
+    def forward(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
+        """Image and text vectors [B, D] of one batch of items -> scalar float32 loss."""
+        return infonce_loss(
+            image_embeddings,
+            text_embeddings,
+            self.temperature,
+            normalize=self.normalize,
+            backend=self.backend,
+            block_size=self.block_size,
+            workspace_bytes=self.workspace_bytes,
+        )
