@@ -1,0 +1,430 @@
+"""MoDA backward: one pass over dy and one pass over x, every sum over rows in two stages and a fixed order.
+
+`dy_pass` reads dy once (twice for padded ranks above 32, where partial sums would cost more than the second reading)
+and gives dhg = dy B, from it dh = dhg * G and the gate gradients, and dB = dy^T (h * G). `dx_pass` reads x once and gives
+dA = dh^T dropout(x) while it adds mask / (1 - p) * (dh A) into dx. Sizes as in `moda_forward`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sda_fast.kernels.configs import LaunchConfig, config_for, padded_rank, programs_wanted
+from sda_fast.kernels.gating import gate_rows, load_gated
+from sda_fast.kernels.moda_forward import LARGEST_RANK_BLOCK, project_partials, with_unit_columns
+from sda_fast.kernels.philox import dropout_scale, dropout_threshold, keep_tile
+
+LARGEST_FUSED_RANK = 32
+
+
+@triton.jit
+def dy_kernel(
+    dy_ptr,
+    h_ptr,
+    lora_B_ptr,
+    gates_ptr,
+    modality_ids_ptr,
+    dhg_ptr,
+    dB_ptr,
+    M,
+    N,
+    R,
+    stride_dy_row,
+    stride_h_row,
+    stride_B_row,
+    stride_gates_row,
+    rows_per_sequence,
+    rank_per_expert,
+    scaling,
+    blocks_per_chunk,
+    GATE_PER_ROW: tl.constexpr,
+    NEEDS_DHG: tl.constexpr,
+    NEEDS_DB: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    column_block = tl.program_id(0)
+    chunk = tl.program_id(1)
+    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, BLOCK_R)
+    column_mask = columns < N
+    rank_mask = ranks < R
+    if NEEDS_DHG:
+        lora_B = tl.load(
+            lora_B_ptr + columns.to(tl.int64)[:, None] * stride_B_row + ranks[None, :],
+            mask=column_mask[:, None] & rank_mask[None, :],
+            other=0.0,
+        ).to(dy_ptr.dtype.element_ty)
+    accumulator = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    first_block = chunk * blocks_per_chunk
+    for block in range(first_block, tl.minimum(first_block + blocks_per_chunk, tl.cdiv(M, BLOCK_M))):
+        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_mask = rows < M
+        dy_ptrs = dy_ptr + rows.to(tl.int64)[:, None] * stride_dy_row + columns[None, :]
+        dy = tl.load(dy_ptrs, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
+        if NEEDS_DHG:
+            dhg = tl.dot(dy, lora_B, input_precision="tf32x3")
+            dhg_ptrs = dhg_ptr + (column_block.to(tl.int64) * M + rows)[:, None] * R + ranks[None, :]
+            tl.store(dhg_ptrs, dhg, mask=row_mask[:, None] & rank_mask[None, :])
+        if NEEDS_DB:
+            gated = load_gated(
+                h_ptr,
+                gates_ptr,
+                modality_ids_ptr,
+                rows,
+                row_mask,
+                R,
+                stride_h_row,
+                stride_gates_row,
+                rows_per_sequence,
+                rank_per_expert,
+                scaling,
+                GATE_PER_ROW,
+                BLOCK_R,
+            )
+            accumulator = tl.dot(tl.trans(dy), gated.to(dy.dtype), accumulator, input_precision="tf32x3")
+    if NEEDS_DB:
+        dB_ptrs = dB_ptr + (chunk.to(tl.int64) * N + columns)[:, None] * R + ranks[None, :]
+        tl.store(dB_ptrs, accumulator, mask=column_mask[:, None] & rank_mask[None, :])
+
+
+@triton.jit
+def gate_kernel(
+    dhg_ptr,
+    h_ptr,
+    gates_ptr,
+    modality_ids_ptr,
+    dh_ptr,
+    dgates_ptr,
+    M,
+    R,
+    E,
+    parts,
+    stride_dhg_part,
+    stride_h_row,
+    stride_gates_row,
+    stride_dh_row,
+    rows_per_sequence,
+    rank_per_expert,
+    modalities,
+    scaling,
+    GATE_PER_ROW: tl.constexpr,
+    NEEDS_DH: tl.constexpr,
+    NEEDS_GATES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_RANK_PER_EXPERT: tl.constexpr,
+):
+    """Add up the parts of dhg, give dh = dhg * G and the gates' gradients: per row, or one partial sum per program."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    experts = tl.arange(0, BLOCK_E)
+    inner = tl.arange(0, BLOCK_RANK_PER_EXPERT)
+    row_mask = rows < M
+    row_expert_mask = row_mask[:, None] & (experts < E)[None, :]
+    mask = row_expert_mask[:, :, None] & (inner < rank_per_expert)[None, None, :]
+    rows_wide = rows.to(tl.int64)[:, None, None]
+    ranks = experts[None, :, None] * rank_per_expert + inner[None, None, :]
+    dhg = tl.zeros((BLOCK_M, BLOCK_E, BLOCK_RANK_PER_EXPERT), dtype=tl.float32)
+    dhg_ptrs = dhg_ptr + rows_wide * R + ranks
+    for _ in range(parts):
+        dhg += tl.load(dhg_ptrs, mask=mask, other=0.0)
+        dhg_ptrs += stride_dhg_part
+    which = gate_rows(modality_ids_ptr, rows, row_mask, rows_per_sequence, GATE_PER_ROW)
+    if NEEDS_DH:
+        gate_ptrs = gates_ptr + which[:, None] * stride_gates_row + experts[None, :]
+        gates = tl.load(gate_ptrs, mask=row_expert_mask, other=0.0).to(tl.float32) * scaling
+        tl.store(dh_ptr + rows_wide * stride_dh_row + ranks, dhg * gates[:, :, None], mask=mask)
+    if NEEDS_GATES:
+        h = tl.load(h_ptr + rows_wide * stride_h_row + ranks, mask=mask, other=0.0).to(tl.float32)
+        dgates = tl.sum(dhg * h, axis=2) * scaling
+        if GATE_PER_ROW:
+            tl.store(dgates_ptr + rows.to(tl.int64)[:, None] * E + experts[None, :], dgates, mask=row_expert_mask)
+        else:
+            for modality in range(modalities):
+                of_modality = tl.sum(tl.where((which == modality)[:, None], dgates, 0.0), axis=0)
+                partial_ptrs = dgates_ptr + (tl.program_id(0) * modalities + modality) * E + experts
+                tl.store(partial_ptrs, of_modality, mask=experts < E)
+
+
+@triton.jit
+def dx_kernel(
+    x_ptr,
+    dh_ptr,
+    lora_A_ptr,
+    dx_ptr,
+    dA_ptr,
+    seed_ptr,
+    M,
+    K,
+    R,
+    stride_x_row,
+    stride_dh_row,
+    stride_A_row,
+    stride_dx_row,
+    blocks_per_chunk,
+    threshold,
+    keep_scale,
+    HAS_DROPOUT: tl.constexpr,
+    NEEDS_DA: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    first_column = tl.program_id(0) * BLOCK_K
+    chunk = tl.program_id(1)
+    columns = first_column + tl.arange(0, BLOCK_K)
+    ranks = tl.arange(0, BLOCK_R)
+    column_mask = columns < K
+    rank_mask = ranks < R
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    if NEEDS_DX:
+        lora_A = tl.load(
+            lora_A_ptr + ranks.to(tl.int64)[:, None] * stride_A_row + columns[None, :],
+            mask=rank_mask[:, None] & column_mask[None, :],
+            other=0.0,
+        ).to(dx_ptr.dtype.element_ty)
+    accumulator = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    first_block = chunk * blocks_per_chunk
+    for block in range(first_block, tl.minimum(first_block + blocks_per_chunk, tl.cdiv(M, BLOCK_M))):
+        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_mask = rows < M
+        rows_wide = rows.to(tl.int64)[:, None]
+        mask = row_mask[:, None] & column_mask[None, :]
+        dh_mask = row_mask[:, None] & rank_mask[None, :]
+        dh = tl.load(dh_ptr + rows_wide * stride_dh_row + ranks[None, :], mask=dh_mask, other=0.0)
+        if HAS_DROPOUT:
+            keep = keep_tile(seed, rows, first_column, tl.cdiv(K, 8), threshold, BLOCK_M, BLOCK_K)
+        if NEEDS_DA:
+            x = tl.load(x_ptr + rows_wide * stride_x_row + columns[None, :], mask=mask, other=0.0)
+            if HAS_DROPOUT:
+                x = tl.where(keep, x, 0.0)
+            accumulator = tl.dot(tl.trans(dh.to(x.dtype)), x, accumulator, input_precision="tf32x3")
+        if NEEDS_DX:
+            dx_ptrs = dx_ptr + rows_wide * stride_dx_row + columns[None, :]
+            dx = tl.load(dx_ptrs, mask=mask, other=0.0)
+            update = tl.dot(dh.to(dx.dtype), lora_A, input_precision="tf32x3")
+            if HAS_DROPOUT:
+                update = tl.where(keep, update * keep_scale, 0.0)
+            tl.store(dx_ptrs, (dx.to(tl.float32) + update).to(dx.dtype), mask=mask)
+    if NEEDS_DA:
+        if HAS_DROPOUT:
+            accumulator *= keep_scale
+        dA_ptrs = dA_ptr + (chunk.to(tl.int64) * R + ranks)[:, None] * K + columns[None, :]
+        tl.store(dA_ptrs, accumulator, mask=rank_mask[:, None] & column_mask[None, :])
+
+
+def chunks_of_rows(M: int, block_m: int, blocks_of_columns: int, device: torch.device) -> tuple[int, int]:
+    """How many chunks the rows are cut into, and how many blocks of rows each chunk has."""
+    blocks_of_rows = triton.cdiv(M, block_m)
+    wanted = max(1, triton.cdiv(programs_wanted(device), blocks_of_columns))
+    blocks_per_chunk = triton.cdiv(blocks_of_rows, min(wanted, blocks_of_rows))
+    return triton.cdiv(blocks_of_rows, blocks_per_chunk), blocks_per_chunk
+
+
+def dy_pass(
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    gates: torch.Tensor,
+    modality_ids: torch.Tensor | None,
+    scaling: float,
+    *,
+    rows_per_sequence: int = 1,
+    needs_dh: bool = True,
+    needs_dB: bool = True,
+    needs_gates: bool = True,
+    dh_out: torch.Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients with respect to h, B and the gates from one pass over dy.
+
+    Args:
+        dy: [M, N], float32, float16 or bfloat16; rows may be strided.
+        h: [M, R] float32 as `project` gave it (not gated), unit column stride.
+        lora_B, gates, modality_ids, scaling, rows_per_sequence: as in `expand_add`.
+        needs_dh, needs_dB, needs_gates: what to compute.
+        dh_out: [M, R] float32 to write dh into, unit column stride; allocated if absent.
+    Returns:
+        (dh [M, R], dB [N, R], dgates of the shape of gates), float32 each, None where not asked for.
+    """
+    dy = with_unit_columns(dy)
+    (M, N), R, E = dy.shape, h.shape[1], gates.shape[1]
+    float32 = {"dtype": torch.float32, "device": dy.device}
+    dh = (torch.empty(M, R, **float32) if dh_out is None else dh_out) if needs_dh else None
+    if M == 0 or N == 0:
+        if dh is not None:
+            dh.zero_()
+        dB = torch.zeros(N, R, **float32) if needs_dB else None
+        return dh, dB, torch.zeros(gates.shape, **float32) if needs_gates else None
+
+    config = config or config_for("dy_pass", dy.dtype, R)
+    needs_dhg = needs_dh or needs_gates
+    fused = needs_dhg and padded_rank(R) <= LARGEST_FUSED_RANK
+    blocks_of_columns = triton.cdiv(N, config.block_n)
+    chunks, blocks_per_chunk = chunks_of_rows(M, config.block_m, blocks_of_columns, dy.device)
+    dhg_parts = torch.empty(blocks_of_columns, M, R, **float32) if fused else None
+    dB_parts = torch.empty(chunks, N, R, **float32) if needs_dB else None
+    if fused or needs_dB:
+        dy_kernel[(blocks_of_columns, chunks)](
+            dy,
+            h,
+            lora_B,
+            gates,
+            modality_ids,
+            dhg_parts,
+            dB_parts,
+            M,
+            N,
+            R,
+            dy.stride(0),
+            h.stride(0),
+            lora_B.stride(0),
+            gates.stride(0),
+            rows_per_sequence,
+            R // E,
+            scaling,
+            blocks_per_chunk,
+            GATE_PER_ROW=modality_ids is None,
+            NEEDS_DHG=fused,
+            NEEDS_DB=needs_dB,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_R=padded_rank(R),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    if needs_dhg and not fused:
+        dhg = torch.empty(M, R, **float32)
+        project_config = config_for("project", dy.dtype, R)
+        dhg_parts = project_partials(dy, lora_B.t(), out=dhg, split_k=None, config=project_config)
+        dhg_parts = dhg if dhg_parts is None else dhg_parts
+    dgates = None
+    if dhg_parts is not None:
+        dgates = _apply_gates(dhg_parts, h, gates, modality_ids, scaling, rows_per_sequence, dh, needs_gates)
+    return dh, None if dB_parts is None else dB_parts.sum(0), dgates
+
+
+def _apply_gates(
+    dhg_parts: torch.Tensor,
+    h: torch.Tensor,
+    gates: torch.Tensor,
+    modality_ids: torch.Tensor | None,
+    scaling: float,
+    rows_per_sequence: int,
+    dh: torch.Tensor | None,
+    needs_gates: bool,
+) -> torch.Tensor | None:
+    M, R = h.shape
+    modalities, E = gates.shape
+    block_e, block_inner = triton.next_power_of_2(E), triton.next_power_of_2(R // E)
+    block_m = max(1, 2048 // (block_e * block_inner))
+    programs = triton.cdiv(M, block_m)
+    dgates = None
+    if needs_gates:
+        shape = (M, E) if modality_ids is None else (programs, modalities, E)
+        dgates = torch.empty(shape, dtype=torch.float32, device=h.device)
+    gate_kernel[(programs,)](
+        dhg_parts,
+        h,
+        gates,
+        modality_ids,
+        dh,
+        dgates,
+        M,
+        R,
+        E,
+        dhg_parts.shape[0] if dhg_parts.dim() == 3 else 1,
+        M * R,
+        h.stride(0),
+        gates.stride(0),
+        0 if dh is None else dh.stride(0),
+        rows_per_sequence,
+        R // E,
+        modalities,
+        scaling,
+        GATE_PER_ROW=modality_ids is None,
+        NEEDS_DH=dh is not None,
+        NEEDS_GATES=needs_gates,
+        BLOCK_M=block_m,
+        BLOCK_E=block_e,
+        BLOCK_RANK_PER_EXPERT=block_inner,
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
+    return dgates if dgates is None or modality_ids is None else dgates.sum(0)
+
+
+def dx_pass(
+    x: torch.Tensor | None,
+    dh: torch.Tensor,
+    lora_A: torch.Tensor,
+    dx: torch.Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    needs_dA: bool = True,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor | None:
+    """dA = dh^T dropout(x), and dx += mask / (1 - p) * (dh A) in place, from one pass over x.
+
+    Args:
+        x: [M, K], float32, float16 or bfloat16, rows may be strided; None if needs_dA is False.
+        dh: [M, R] float32, unit column stride; of all adapters that read x, side by side. R beyond 256 is worked off
+            in slices of 256, with one rounding of dx each.
+        lora_A: [R, K], stacked like dh, unit column stride.
+        dx: [M, K], unit column stride, holding the frozen layer's part; None if it is not wanted.
+        dropout_p, seed: those of `project`.
+        needs_dA: whether dA is wanted.
+    Returns:
+        dA [R, K] float32, or None.
+    """
+    (M, R), K = dh.shape, lora_A.shape[1]
+    dA = torch.zeros(R, K, dtype=torch.float32, device=dh.device) if needs_dA and (M == 0 or K == 0) else None
+    if M == 0 or K == 0 or not (needs_dA or dx is not None):
+        return dA
+    if R > LARGEST_RANK_BLOCK:
+        slices = [slice(start, start + LARGEST_RANK_BLOCK) for start in range(0, R, LARGEST_RANK_BLOCK)]
+        options = {"dropout_p": dropout_p, "seed": seed, "needs_dA": needs_dA, "config": config}
+        parts = [dx_pass(x, dh[:, part], lora_A[part], dx, **options) for part in slices]
+        return torch.cat(parts) if needs_dA else None
+
+    x = with_unit_columns(x) if needs_dA else None
+    config = config or config_for("dx_pass", (x if dx is None else dx).dtype, R)
+    blocks_of_columns = triton.cdiv(K, config.block_n)
+    chunks, blocks_per_chunk = chunks_of_rows(M, config.block_m, blocks_of_columns, dh.device)
+    dA_parts = torch.empty(chunks, R, K, dtype=torch.float32, device=dh.device) if needs_dA else None
+    dx_kernel[(blocks_of_columns, chunks)](
+        x,
+        dh,
+        lora_A,
+        dx,
+        dA_parts,
+        seed,
+        M,
+        K,
+        R,
+        0 if x is None else x.stride(0),
+        dh.stride(0),
+        lora_A.stride(0),
+        0 if dx is None else dx.stride(0),
+        blocks_per_chunk,
+        dropout_threshold(dropout_p),
+        dropout_scale(dropout_p),
+        HAS_DROPOUT=dropout_p > 0,
+        NEEDS_DA=needs_dA,
+        NEEDS_DX=dx is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_n,
+        BLOCK_R=padded_rank(R),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+    return None if dA_parts is None else dA_parts.sum(0)
