@@ -15,7 +15,8 @@ def gate_rows(modality_ids_ptr, rows, row_mask, rows_per_sequence, GATE_PER_ROW:
     """The row of the gate table that belongs to each of `rows`, as int64."""
     if GATE_PER_ROW:
         return rows.to(tl.int64)
-    return tl.load(modality_ids_ptr + rows // rows_per_sequence, mask=row_mask, other=0).to(tl.int64)
+    else:
+        return tl.load(modality_ids_ptr + rows // rows_per_sequence, mask=row_mask, other=0).to(tl.int64)
 
 
 @triton.jit

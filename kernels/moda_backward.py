@@ -1,8 +1,8 @@
 """MoDA backward: one pass over dy and one pass over x, every sum over rows in two stages and a fixed order.
 
 `dy_pass` reads dy once (twice for padded ranks above 32, where partial sums would cost more than the second reading)
-and gives dhg = dy B, from it dh = dhg * G and the gate gradients, and dB = dy^T (h * G). `dx_pass` reads x once and gives
-dA = dh^T dropout(x) while it adds mask / (1 - p) * (dh A) into dx. Sizes as in `moda_forward`.
+and gives dhg = dy B, from it dh = dhg * G and the gate gradients, and dB = dy^T (h * G). `dx_pass` reads x once and
+gives dA = dh^T dropout(x) while it adds mask / (1 - p) * (dh A) into dx. Sizes as in `moda_forward`.
 """
 
 from __future__ import annotations

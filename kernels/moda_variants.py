@@ -1,0 +1,299 @@
+"""The variants of the MoDA kernels that the gate compiles, with their bytes by formula (see `gate`)."""
+
+from __future__ import annotations
+
+import torch
+
+from sda_fast.kernels import moda_backward, moda_forward, moda_gemm
+from sda_fast.kernels.configs import config_for, padded_rank
+from sda_fast.kernels.gate import KernelVariant
+
+M, K, N = 8192, 3584, 3584
+MODALITIES, EXPERTS = 2, 8
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PROGRAMS_WANTED = 264
+
+GATE_SIGNATURE = {
+    "h_ptr": "*fp32",
+    "gates_ptr": "*fp32",
+    "R": "i32",
+    "stride_h_row": "i32",
+    "stride_gates_row": "i32",
+    "rows_per_sequence": "i32",
+    "rank_per_expert": "i32",
+    "scaling": "fp32",
+}
+SIZES = ("M", "N", "K", "R", "stride_h_row", "stride_x_row", "stride_y_row", "stride_dy_row", "stride_dx_row")
+STRIDES = (
+    "stride_weight_rank",
+    "stride_weight_row",
+    "stride_A_row",
+    "stride_B_row",
+    "stride_dh_row",
+    "stride_dhg_part",
+)
+ALIGNED = (*SIZES, *STRIDES)
+
+
+def _ids(per_row: bool) -> tuple[dict[str, str], dict[str, object]]:
+    return ({}, {"modality_ids_ptr": None}) if per_row else ({"modality_ids_ptr": "*i32"}, {})
+
+
+def _chunks(block_m: int, blocks_of_columns: int) -> int:
+    wanted = -(-PROGRAMS_WANTED // blocks_of_columns)
+    return min(wanted, M // block_m)
+
+
+def project(type_name: str, rank: int, dropout: bool) -> KernelVariant:
+    config = config_for("project", TYPES[type_name], rank)
+    size = TYPES[type_name].itemsize
+    integers = ["M", "K", "R", "stride_x_row", "stride_weight_rank", "stride_h_split", "stride_h_row"]
+    integers += ["blocks_per_split", "threshold"]
+    floor = M * K * size + rank * K * 4 + M * rank * 4
+    splits = max(1, PROGRAMS_WANTED // (M // config.block_m))
+    return KernelVariant(
+        name=f"project {type_name} R={rank}" + " dropout" * dropout,
+        kernel=moda_forward.project_kernel,
+        signature={
+            "x_ptr": f"*{type_name}",
+            "weight_ptr": "*fp32",
+            "h_ptr": "*fp32",
+            "seed_ptr": "*i64",
+            "keep_scale": "fp32",
+            **dict.fromkeys(integers, "i32"),
+        },
+        constexprs={
+            "stride_weight_column": 1,
+            "HAS_DROPOUT": dropout,
+            "BLOCK_M": config.block_m,
+            "BLOCK_R": padded_rank(rank),
+            "BLOCK_K": config.block_n,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        problem=f"M={M} K={K} R={rank}",
+        bytes_moved=floor + (2 * splits * M * rank * 4 if splits > 1 else 0),
+        bytes_floor=floor,
+        flops=2 * M * K * rank,
+        aligned=ALIGNED,
+    )
+
+
+def project_dy(type_name: str, rank: int) -> KernelVariant:
+    forward = project(type_name, rank, dropout=False)
+    signature = {**forward.signature, "stride_weight_column": "i32"}
+    constexprs = {**forward.constexprs, "stride_weight_rank": 1}
+    del signature["stride_weight_rank"], constexprs["stride_weight_column"]
+    return KernelVariant(
+        **{
+            **vars(forward),
+            "name": f"dhg {type_name} R={rank}",
+            "signature": signature,
+            "constexprs": constexprs,
+            "aligned": (*ALIGNED, "stride_weight_column"),
+        }
+    )
+
+
+def expand_add(type_name: str, rank: int, per_row: bool) -> KernelVariant:
+    config = config_for("expand_add", TYPES[type_name], rank)
+    ids_signature, ids_constexprs = _ids(per_row)
+    size = TYPES[type_name].itemsize
+    moved = 2 * M * N * size + M * rank * 4 + N * rank * 4
+    return KernelVariant(
+        name=f"expand_add {type_name} R={rank}" + " row gates" * per_row,
+        kernel=moda_forward.expand_add_kernel,
+        signature={
+            **GATE_SIGNATURE,
+            **ids_signature,
+            "y_ptr": f"*{type_name}",
+            "lora_B_ptr": "*fp32",
+            **dict.fromkeys(("M", "N", "stride_y_row", "stride_B_row"), "i32"),
+        },
+        constexprs={
+            **ids_constexprs,
+            "GATE_PER_ROW": per_row,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_R": padded_rank(rank),
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        problem=f"M={M} N={N} R={rank}",
+        bytes_moved=moved,
+        bytes_floor=moved,
+        flops=2 * M * N * rank,
+        aligned=ALIGNED,
+    )
+
+
+def gated_linear(type_name: str, rank: int) -> KernelVariant:
+    config = moda_gemm.gated_linear_config(TYPES[type_name], rank)
+    size = TYPES[type_name].itemsize
+    block_k = moda_gemm.BLOCK_K if size == 2 else moda_gemm.BLOCK_K // 2
+    floor = (M * K + N * K + M * N) * size + M * rank * 4
+    integers = ("M", "N", "K", "stride_x_row", "stride_weight_row", "stride_B_row", "stride_y_row")
+    return KernelVariant(
+        name=f"gated_linear {type_name} R={rank}",
+        kernel=moda_gemm.gated_linear_kernel,
+        signature={
+            **GATE_SIGNATURE,
+            "modality_ids_ptr": "*i32",
+            "x_ptr": f"*{type_name}",
+            "weight_ptr": f"*{type_name}",
+            "bias_ptr": f"*{type_name}",
+            "y_ptr": f"*{type_name}",
+            "lora_B_ptr": "*fp32",
+            **dict.fromkeys(integers, "i32"),
+        },
+        constexprs={
+            "HAS_BIAS": True,
+            "GATE_PER_ROW": False,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": block_k,
+            "BLOCK_R": padded_rank(rank),
+            "GROUP_M": 8,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        problem=f"M={M} N={N} K={K} R={rank}",
+        bytes_moved=floor,
+        bytes_floor=floor,
+        flops=2 * M * N * (K + rank),
+        aligned=ALIGNED,
+    )
+
+
+def dy_pass(type_name: str, rank: int, per_row: bool) -> KernelVariant:
+    config = config_for("dy_pass", TYPES[type_name], rank)
+    fused = padded_rank(rank) <= moda_backward.LARGEST_FUSED_RANK
+    ids_signature, ids_constexprs = _ids(per_row)
+    size = TYPES[type_name].itemsize
+    blocks_of_columns = -(-N // config.block_n)
+    chunks = _chunks(config.block_m, blocks_of_columns)
+    floor = M * N * size + 2 * M * rank * 4 + 2 * N * rank * 4
+    parts = 2 * chunks * N * rank * 4 + (2 * blocks_of_columns * M * rank * 4 if fused else 0)
+    integers = ("M", "N", "stride_dy_row", "stride_B_row", "blocks_per_chunk")
+    return KernelVariant(
+        name=f"dy_pass {type_name} R={rank}" + ("" if fused else " dB only") + " row gates" * per_row,
+        kernel=moda_backward.dy_kernel,
+        signature={
+            **GATE_SIGNATURE,
+            **ids_signature,
+            "dy_ptr": f"*{type_name}",
+            "lora_B_ptr": "*fp32",
+            "dB_ptr": "*fp32",
+            "dhg_ptr": "*fp32",
+            **dict.fromkeys(integers, "i32"),
+        },
+        constexprs={
+            **ids_constexprs,
+            "GATE_PER_ROW": per_row,
+            "NEEDS_DHG": fused,
+            "NEEDS_DB": True,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_R": padded_rank(rank),
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        problem=f"M={M} N={N} R={rank}",
+        bytes_moved=floor + parts,
+        bytes_floor=floor,
+        flops=(4 if fused else 2) * M * N * rank,
+        aligned=ALIGNED,
+    )
+
+
+def gate_gradient(rank: int, per_row: bool) -> KernelVariant:
+    ids_signature, ids_constexprs = _ids(per_row)
+    block_inner = padded_inner = max(1, rank // EXPERTS)
+    parts = N // 256
+    floor = 3 * M * rank * 4
+    integers = ("M", "E", "parts", "stride_dhg_part", "stride_dh_row", "modalities")
+    return KernelVariant(
+        name=f"gate gradient R={rank}" + " row gates" * per_row,
+        kernel=moda_backward.gate_kernel,
+        signature={
+            **GATE_SIGNATURE,
+            **ids_signature,
+            "dhg_ptr": "*fp32",
+            "dh_ptr": "*fp32",
+            "dgates_ptr": "*fp32",
+            **dict.fromkeys(integers, "i32"),
+        },
+        constexprs={
+            **ids_constexprs,
+            "GATE_PER_ROW": per_row,
+            "NEEDS_DH": True,
+            "NEEDS_GATES": True,
+            "BLOCK_M": max(1, 2048 // (EXPERTS * block_inner)),
+            "BLOCK_E": EXPERTS,
+            "BLOCK_RANK_PER_EXPERT": padded_inner,
+        },
+        num_warps=4,
+        num_stages=1,
+        problem=f"M={M} R={rank} E={EXPERTS}",
+        bytes_moved=floor + (parts - 1) * M * rank * 4,
+        bytes_floor=floor,
+        flops=(parts + 3) * M * rank,
+        aligned=ALIGNED,
+        tensor_cores=False,
+    )
+
+
+def dx_pass(type_name: str, rank: int, dropout: bool) -> KernelVariant:
+    config = config_for("dx_pass", TYPES[type_name], rank)
+    size = TYPES[type_name].itemsize
+    chunks = _chunks(config.block_m, -(-K // config.block_n))
+    floor = 3 * M * K * size + M * rank * 4 + 2 * rank * K * 4
+    integers = ["M", "K", "R", "stride_x_row", "stride_dh_row", "stride_A_row", "stride_dx_row"]
+    integers += ["blocks_per_chunk", "threshold"]
+    return KernelVariant(
+        name=f"dx_pass {type_name} R={rank}" + " dropout" * dropout,
+        kernel=moda_backward.dx_kernel,
+        signature={
+            "x_ptr": f"*{type_name}",
+            "dx_ptr": f"*{type_name}",
+            "dh_ptr": "*fp32",
+            "lora_A_ptr": "*fp32",
+            "dA_ptr": "*fp32",
+            "seed_ptr": "*i64",
+            "keep_scale": "fp32",
+            **dict.fromkeys(integers, "i32"),
+        },
+        constexprs={
+            "HAS_DROPOUT": dropout,
+            "NEEDS_DA": True,
+            "NEEDS_DX": True,
+            "BLOCK_M": config.block_m,
+            "BLOCK_K": config.block_n,
+            "BLOCK_R": padded_rank(rank),
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        problem=f"M={M} K={K} R={rank}",
+        bytes_moved=floor + 2 * (chunks - 1) * rank * K * 4,
+        bytes_floor=floor,
+        flops=4 * M * K * rank,
+        aligned=ALIGNED,
+    )
+
+
+RANKS = (16, 32, 64, 128, 256)
+
+VARIANTS = (
+    *(project("bf16", rank, dropout) for rank in RANKS for dropout in (False, True)),
+    *(project_dy("bf16", rank) for rank in (64, 256)),
+    *(expand_add("bf16", rank, per_row=False) for rank in RANKS),
+    expand_add("bf16", 16, per_row=True),
+    *(gated_linear("bf16", rank) for rank in (16, 64, 256)),
+    *(dy_pass("bf16", rank, per_row=False) for rank in RANKS),
+    dy_pass("bf16", 16, per_row=True),
+    *(gate_gradient(rank, per_row) for rank in (16, 256) for per_row in (False, True)),
+    *(dx_pass("bf16", rank, dropout) for rank in RANKS for dropout in (False, True)),
+    *(make("fp32", rank, True) for make in (project, expand_add, dx_pass, dy_pass) for rank in RANKS),
+    *(gated_linear("fp32", rank) for rank in (16, 256)),
+    *(make("fp16", 16, True) for make in (project, expand_add, dx_pass, dy_pass)),
+)
