@@ -13,11 +13,15 @@ import numpy as np
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on a clean exit it is flushed to disk and renamed to `path`.
 
     The folder is created where missing. If the block raises, the temporary file is removed and `path` is left as it
     was. A killed process leaves at most a file named `.<name>.<pid>.tmp`.
+
+    Args:
+        durable: wait until the disk has the file. False for many small files that can be made again: they survive a
+            killed process, and after a power cut one may be empty.
 
     Raises:
         FileNotFoundError: the block did not create the temporary file.
@@ -28,11 +32,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):
+    if durable and hasattr(os, "O_DIRECTORY"):
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
