@@ -1,0 +1,130 @@
+"""What differs from one family of vision-language models to the next, and the list of the families we know."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+ImageFeatures = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models; the defaults fit models of the LLaVA shape, where image features replace placeholder tokens.
+
+    Attributes:
+        name: how errors and cards call it.
+        model_types: `config.model_type` values that belong to it.
+        language_model: path of the decoder inside the base model; all its linears are quantised, nothing else is.
+        not_quantized: regular expressions, from the start of a module's name to a module boundary, of what stays 16-bit.
+        target_modules: regular expression that matches whole names of the linears to adapt.
+    """
+
+    name: str = "generic"
+    model_types: tuple[str, ...] = ()
+    language_model: str = "language_model"
+    not_quantized: tuple[str, ...] = (r"(?:.*\.)?vision_tower", r"(?:.*\.)?multi_modal_projector", r"(?:.*\.)?lm_head")
+    target_modules: str = r"(?:.*\.)?language_model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj"
+
+    def base_model(self, model: nn.Module) -> nn.Module:
+        """The model without its language head; `model` itself when it was loaded without one."""
+        return getattr(model, getattr(model, "base_model_prefix", ""), model)
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The language model inside `model`."""
+        return self.base_model(model).get_submodule(self.language_model)
+
+    def image_options(self, processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
+        """Keywords of the processor that keep a picture between the bounds on width x height; {}: fixed size."""
+        return {}
+
+    def position_ids(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Positions [B, T] counted from each sequence's first unmasked token, 0 under padding."""
+        return sequence_positions(batch["attention_mask"])
+
+    def image_features(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> list[ImageFeatures]:
+        """What the frozen tower and projector make of the pixels: per sequence, tensors [image tokens, D] by name."""
+        features = self.base_model(model).get_image_features(batch["pixel_values"]).pooler_output
+        return [{"features": one} for one in features]
+
+    def last_hidden_state(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, torch.Tensor],
+        image_features: Sequence[ImageFeatures] | None,
+    ) -> torch.Tensor:
+        """The decoder's last hidden state [B, T, D], after its final norm; `image_features` as above, None for text."""
+        inputs_embeds = self.embed(model, batch["input_ids"], image_features)
+        return self.run_decoder(model, batch, inputs_embeds)
+
+    def embed(
+        self, model: nn.Module, input_ids: torch.Tensor, image_features: Sequence[ImageFeatures] | None
+    ) -> torch.Tensor:
+        """Token embeddings [B, T, D] with the image features in the places of the image tokens."""
+        inputs_embeds = self.base_model(model).get_input_embeddings()(input_ids)
+        if image_features is None:
+            return inputs_embeds
+        is_image = image_token_mask(model, input_ids)
+        features = torch.cat([one["features"] for one in image_features]).to(inputs_embeds)
+        if int(is_image.sum()) != len(features):
+            raise ValueError(f"the batch has {int(is_image.sum())} image tokens but {len(features)} image features")
+        return inputs_embeds.masked_scatter(is_image[..., None], features)
+
+    def run_decoder(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor], inputs_embeds: torch.Tensor, **extra: Any
+    ) -> torch.Tensor:
+        """Call the language model on embeddings, without key-value cache, keeping its last hidden state only."""
+        mask = batch["attention_mask"]
+        arguments = {"attention_mask": mask, "position_ids": batch["position_ids"], "use_cache": False, **extra}
+        return self.decoder(model)(inputs_embeds=inputs_embeds, **arguments).last_hidden_state
+
+
+def sequence_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """[B, T] mask of 0 and 1 -> [B, T] int64 positions of the unmasked tokens from 0, and 0 where masked."""
+    return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+
+
+def image_token_id(config: Any) -> int:
+    """The id of the token that image features replace, under either of its names in transformers' configurations."""
+    for name in ("image_token_id", "image_token_index"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    raise ValueError(f"the configuration of model type {config.model_type!r} names no image token")
+
+
+def image_token_mask(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """[B, T] bool: where the image features go."""
+    return input_ids == image_token_id(model.config)
+
+
+_MODULE_OF_MODEL_TYPE = {
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_vl",
+}
+
+
+def known_model_types() -> list[str]:
+    """Model types with a family of their own."""
+    return sorted(_MODULE_OF_MODEL_TYPE)
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers configuration.
+
+    A model type without a family of its own gets the generic one if transformers knows it as an image-text-to-text
+    model with a decoder.
+
+    Raises:
+        ValueError: not a vision-language model; the message lists the known model types.
+    """
+    module = _MODULE_OF_MODEL_TYPE.get(config.model_type)
+    if module is None:
+        raise ValueError(
+            f"model type {config.model_type!r} is not one of those known: {', '.join(known_model_types())}"
+        )
+    return importlib.import_module(f"sda_fast.lvlm.{module}").family_for(config)

@@ -1,0 +1,44 @@
+"""Qwen2-VL and Qwen2.5-VL: images of any size as grids of merged patches, three-axis rotary positions (M-RoPE)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sda_fast.lvlm.family import Family, ImageFeatures, sequence_positions
+
+
+@dataclass(frozen=True)
+class Qwen2VLFamily(Family):
+    """The merger (projector) is part of `visual`."""
+
+    name: str = "Qwen2-VL / Qwen2.5-VL"
+    model_types: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")
+    not_quantized: tuple[str, ...] = (r"(?:.*\.)?visual", r"(?:.*\.)?lm_head")
+
+    def image_options(self, processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
+        """The given bounds, or the processor's own upper bound where that is lower."""
+        longest = min(max_pixels, processor.image_processor.size["longest_edge"])
+        return {"size": {"shortest_edge": min(min_pixels, longest), "longest_edge": longest}}
+
+    def position_ids(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """M-RoPE positions [3, B, T] (time, height, width); the three are equal for text."""
+        if "image_grid_thw" not in batch:
+            return sequence_positions(batch["attention_mask"]).expand(3, -1, -1)
+        rope_index = self.base_model(model).get_rope_index
+        names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
+        accepted = inspect.signature(rope_index).parameters
+        return rope_index(**{name: batch[name] for name in names if name in accepted})[0]
+
+    def image_features(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> list[ImageFeatures]:
+        output = self.base_model(model).get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+        return [{"features": one} for one in output.pooler_output]
+
+
+def family_for(config: Any) -> Family:
+    return Qwen2VLFamily()
