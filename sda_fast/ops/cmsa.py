@@ -1,12 +1,23 @@
-"""CMSA (arXiv 2512.06883) and InfoNCE: the public functions."""
+"""CMSA (arXiv 2512.06883) and InfoNCE: the public functions, their checks, and the operations behind them."""
 
 from __future__ import annotations
 
-from typing import Literal
+import importlib.util
+import math
+import os
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from sda_fast.ops.cmsa_naive import naive_cmsa_loss, naive_infonce_loss
+from sda_fast.ops.cmsa_blockwise import Tiles, blockwise_backward, blockwise_forward
+from sda_fast.ops.cmsa_tiles import Form, TorchTiles, compute_dtype
+
+Backend = Literal["auto", "torch", "triton"]
+
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+CPU_WORKSPACE_BYTES = 32 * 2**20
+GPU_WORKSPACE_BYTES = 512 * 2**20
 
 
 def cmsa_loss(
@@ -18,21 +29,61 @@ def cmsa_loss(
     normalize: bool = False,
     row_normalized_targets: bool = False,
     targets: Literal["soft", "hard"] = "soft",
-    backend: Literal["auto", "torch", "triton"] = "auto",
+    backend: Backend = "auto",
     block_size: int | None = None,
     workspace_bytes: int | None = None,
 ) -> Tensor:
-    """Cross-modal structural alignment loss (arXiv 2512.06883)."""
-    if targets == "hard":
-        return naive_infonce_loss(image_embeddings, text_embeddings, temperature, normalize=normalize)
-    return naive_cmsa_loss(
+    """Cross-modal structural alignment loss (arXiv 2512.06883), without any B x B array.
+
+    With X, Y the image and text vectors, logits L = X Y^T / tau and teacher S = tau (X X^T + Y Y^T) / 2, the mean over
+    items of half the cross entropy of L's rows against T = softmax_rows(S) plus half that of L^T's rows against T^T.
+    T^T is what the published method uses; its rows do not sum to one, so swapping X and Y changes the loss.
+
+    Args:
+        image_embeddings: [B, D], B >= 2; float32, float16, bfloat16 (arithmetic and sums in float32) or float64. Rows
+            may be strided (`pairs[0::2]`); nothing is copied. Used as they are unless `normalize`.
+        text_embeddings: [B, D], same dtype and device.
+        temperature: tau > 0; a float, or a tensor of one element, which may require a gradient.
+        detach_teacher: send no gradient through the targets (neither to the vectors nor to tau).
+        normalize: divide each row by its Euclidean norm first (a zero row stays zero and gets no gradient).
+        row_normalized_targets: use softmax_rows(S^T) = T, whose rows do sum to one, in place of T^T. The loss is then
+            symmetric in X and Y.
+        targets: "soft" is CMSA; "hard" replaces T by the identity, which is symmetric InfoNCE.
+        backend: "auto" takes Triton on CUDA and PyTorch elsewhere; "torch" and "triton" insist.
+        block_size: rows (PyTorch: and columns) per tile; chosen from `workspace_bytes` if None. Changes rounding only.
+        workspace_bytes: bound of the memory for tiles; by default 32 MiB on a CPU, 512 MiB on a GPU.
+
+    Returns:
+        Scalar, mean over the B items, in nats; float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ or are not supported, B < 2, a temperature that is not one positive
+            number (a tensor on a GPU is not looked at, to spare the wait), an unknown option, or options that
+            contradict each other.
+        RuntimeError: backend="triton" cannot run on these tensors.
+    """
+    _check_embeddings(image_embeddings, text_embeddings)
+    if targets not in ("soft", "hard"):
+        raise ValueError(f"targets must be 'soft' or 'hard', got {targets!r}")
+    if targets == "hard" and row_normalized_targets:
+        raise ValueError("row_normalized_targets has no meaning with targets='hard'")
+    for name, value in (("block_size", block_size), ("workspace_bytes", workspace_bytes)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if normalize:
+        image_embeddings, text_embeddings = _normalized(image_embeddings), _normalized(text_embeddings)
+    loss, _ = cmsa_forward(
         image_embeddings,
         text_embeddings,
-        temperature,
-        detach_teacher=detach_teacher,
-        normalize=normalize,
-        row_normalized_targets=row_normalized_targets,
+        _temperature_tensor(temperature, image_embeddings),
+        targets == "soft",
+        row_normalized_targets,
+        detach_teacher,
+        _resolve_backend(backend, image_embeddings),
+        block_size or 0,
+        workspace_bytes or 0,
     )
+    return loss
 
 
 def infonce_loss(
@@ -41,11 +92,15 @@ def infonce_loss(
     temperature: Tensor | float,
     *,
     normalize: bool = False,
-    backend: Literal["auto", "torch", "triton"] = "auto",
+    backend: Backend = "auto",
     block_size: int | None = None,
     workspace_bytes: int | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE: `cmsa_loss` with `targets="hard"`."""
+    """Symmetric InfoNCE without any B x B array: `cmsa_loss` with `targets="hard"`; see there for everything else.
+
+    Returns:
+        Scalar: the mean of the cross entropies of L's rows and of L's columns against the diagonal, in nats.
+    """
     return cmsa_loss(
         image_embeddings,
         text_embeddings,
@@ -56,3 +111,231 @@ def infonce_loss(
         block_size=block_size,
         workspace_bytes=workspace_bytes,
     )
+
+
+def _check_embeddings(x: Tensor, y: Tensor) -> None:
+    if x.dim() != 2 or x.shape != y.shape:
+        raise ValueError(
+            "image_embeddings and text_embeddings must have the same shape [B, D], "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if x.shape[0] < 2 or x.shape[1] < 1:
+        raise ValueError(f"a contrastive loss needs at least 2 items of at least 1 dimension, got {tuple(x.shape)}")
+    if x.dtype != y.dtype or x.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            "image_embeddings and text_embeddings must share one dtype out of float32, float16, bfloat16, float64, "
+            f"got {x.dtype} and {y.dtype}"
+        )
+    if x.device != y.device:
+        raise ValueError(f"image_embeddings are on {x.device} but text_embeddings on {y.device}")
+
+
+def _temperature_tensor(temperature: Tensor | float, like: Tensor) -> Tensor:
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1 or not temperature.is_floating_point():
+            raise ValueError(
+                f"temperature must be one floating-point number, got shape {tuple(temperature.shape)} "
+                f"of {temperature.dtype}"
+            )
+        return temperature.reshape(()).to(like.device)
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    return torch.full((), temperature, dtype=compute_dtype(like.dtype), device=like.device)
+
+
+def _normalized(embeddings: Tensor) -> Tensor:
+    """Rows over their norms in the compute dtype, rounded once to the input's; a zero row stays zero."""
+    norms = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=compute_dtype(embeddings.dtype))
+    is_zero = norms == 0
+    inverse = torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, norms).reciprocal())
+    return (embeddings * inverse).to(embeddings.dtype)
+
+
+def _resolve_backend(backend: Backend, embeddings: Tensor) -> str:
+    if backend == "torch":
+        return backend
+    if backend not in ("auto", "triton"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    obstacle = _triton_obstacle(embeddings)
+    if backend == "auto":
+        return "torch" if obstacle or embeddings.device.type != "cuda" else "triton"
+    if obstacle:
+        raise RuntimeError(f"backend='triton' was asked for, but {obstacle}")
+    return backend
+
+
+def _triton_obstacle(embeddings: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on these vectors, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if embeddings.dtype == torch.float64:
+        return "the kernels compute in float32 and the embeddings are float64"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if embeddings.device.type != "cuda" and not interpreted:
+        return f"the embeddings are on {embeddings.device}: it needs a GPU (or TRITON_INTERPRET=1, for tests)"
+    if interpreted and embeddings.dtype == torch.bfloat16:
+        return "Triton's interpreter has no bfloat16 arithmetic"
+    return None
+
+
+def make_tiles(
+    x: Tensor, y: Tensor, temperature: Tensor, form: Form, backend: str, block_size: int, workspace_bytes: int
+) -> Tiles:
+    """The tiles of one batch for a resolved backend; zero for a size means: choose it."""
+    if backend == "triton":
+        from sda_fast.ops.cmsa_triton import TritonTiles
+
+        return TritonTiles(x, y, temperature, form, block_size, workspace_bytes or GPU_WORKSPACE_BYTES)
+    if float(temperature) <= 0:
+        raise ValueError(f"temperature must be positive, got {float(temperature)}")
+    if not block_size:
+        workspace_bytes = workspace_bytes or (CPU_WORKSPACE_BYTES if x.device.type == "cpu" else GPU_WORKSPACE_BYTES)
+        edge = math.isqrt(workspace_bytes // (TorchTiles.BUFFERS * compute_dtype(x.dtype).itemsize))
+        block_size = max(1, edge // 64 * 64 or edge)
+    return TorchTiles(x, y, temperature, form, block_size)
+
+
+@torch.library.custom_op("sda_fast::cmsa_forward", mutates_args=())
+def cmsa_forward(
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    temperature: Tensor,
+    soft: bool,
+    row_normalized: bool,
+    detach_teacher: bool,
+    backend: str,
+    block_size: int,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the statistics [5, B] that its backward needs; `detach_teacher` matters to the backward alone."""
+    form = Form(soft, row_normalized)
+    with torch.autocast(image_embeddings.device.type, enabled=False):
+        tiles = make_tiles(image_embeddings, text_embeddings, temperature, form, backend, block_size, workspace_bytes)
+        return blockwise_forward(tiles)
+
+
+@cmsa_forward.register_fake
+def _(
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    temperature: Tensor,
+    soft: bool,
+    row_normalized: bool,
+    detach_teacher: bool,
+    backend: str,
+    block_size: int,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    _check_embeddings(image_embeddings, text_embeddings)
+    dtype = compute_dtype(image_embeddings.dtype)
+    return (
+        image_embeddings.new_empty((), dtype=dtype),
+        image_embeddings.new_empty((5, image_embeddings.shape[0]), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("sda_fast::cmsa_backward", mutates_args=())
+def cmsa_backward(
+    grad_loss: Tensor,
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    temperature: Tensor,
+    statistics: Tensor,
+    soft: bool,
+    row_normalized: bool,
+    detach_teacher: bool,
+    needs_image: bool,
+    needs_text: bool,
+    backend: str,
+    block_size: int,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the image vectors, the text vectors ([0, D] where not needed) and the temperature."""
+    x, y, form = image_embeddings, text_embeddings, Form(soft, row_normalized)
+    with torch.autocast(x.device.type, enabled=False):
+        tiles = make_tiles(x, y, temperature, form, backend, block_size, workspace_bytes)
+        gradients = blockwise_backward(
+            tiles,
+            statistics,
+            (0, len(x)),
+            grad_loss.to(statistics.dtype) / (2 * len(x)),
+            symmetric=_sums_fit(x, workspace_bytes),
+            through_teacher=not detach_teacher,
+            needs_x=needs_image,
+            needs_y=needs_text,
+        )
+    nothing = x.new_empty(0, x.shape[1])
+    return (
+        nothing if gradients.x is None else gradients.x,
+        nothing.clone() if gradients.y is None else gradients.y,
+        gradients.temperature.to(temperature.dtype),
+    )
+
+
+@cmsa_backward.register_fake
+def _(
+    grad_loss: Tensor,
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    temperature: Tensor,
+    statistics: Tensor,
+    soft: bool,
+    row_normalized: bool,
+    detach_teacher: bool,
+    needs_image: bool,
+    needs_text: bool,
+    backend: str,
+    block_size: int,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    items, dimensions = image_embeddings.shape
+    return (
+        image_embeddings.new_empty(items if needs_image else 0, dimensions),
+        text_embeddings.new_empty(items if needs_text else 0, dimensions),
+        torch.empty_like(temperature),
+    )
+
+
+def _sums_fit(embeddings: Tensor, workspace_bytes: int) -> bool:
+    """Whether float32 sums for the whole batch cost nothing beside the results, or fit the workspace."""
+    if embeddings.dtype == compute_dtype(embeddings.dtype):
+        return True
+    return 2 * 4 * embeddings.numel() <= (workspace_bytes or GPU_WORKSPACE_BYTES)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, y, temperature, *options = inputs
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(x, y, temperature, statistics)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, y, temperature, statistics = ctx.saved_tensors
+    soft, row_normalized, detach_teacher, backend, block_size, workspace_bytes = ctx.options
+    needs_x, needs_y, needs_temperature = ctx.needs_input_grad[:3]
+    dx, dy, dtemperature = cmsa_backward(
+        grad_loss,
+        x,
+        y,
+        temperature,
+        statistics,
+        soft,
+        row_normalized,
+        detach_teacher,
+        needs_x,
+        needs_y,
+        backend,
+        block_size,
+        workspace_bytes,
+    )
+    return (
+        dx if needs_x else None,
+        dy if needs_y else None,
+        dtemperature if needs_temperature else None,
+        *[None] * 6,
+    )
+
+
+cmsa_forward.register_autograd(_backward, setup_context=_setup_context)

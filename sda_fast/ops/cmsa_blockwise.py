@@ -1,0 +1,220 @@
+"""CMSA and InfoNCE without any B x B array: sweeps over tiles, the same for every backend.
+
+With Z = [X, Y], S = tau/2 Z Z^T is symmetric, so a sweep over the whole batch visits each pair of blocks once and
+serves both orders. A range of rows (one rank's share) is swept against all columns instead. Forward: one sweep for
+the log-sum-exps of L's rows, L's columns and S's rows and for sum_j T_ij L_ij; for the published form a second one for
+q_j = sum_i T_ij and sum_j T_ij c_j. Backward: one sweep that forms tiles of dL and dS and multiplies them by the vectors.
+
+    rho_i = sum_j T_ij (c_j - 2 L_ij)        dS_ij = T_ij (c_j - 2 L_ij - rho_i) / (2B)
+    loss  = 1/(2B) sum_i (r_i + rho_i)       (published; without the c_j and with r_i + c_i + rho_i otherwise)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sda_fast.ops.cmsa_tiles import Form, Span, TileGradients, compute_dtype
+
+
+class Tiles(Protocol):
+    """A backend: what it computes on the tile (rows, columns) is documented at `cmsa_tiles.TorchTiles`."""
+
+    x: Tensor
+    y: Tensor
+    temperature: float | Tensor
+    form: Form
+    block_size: int
+
+    def columns_per_visit(self) -> int: ...
+
+    def statistics(self, rows: Span, columns: Span, two_sided: bool) -> tuple[Tensor, Tensor | None]: ...
+
+    def target_sums(
+        self, rows: Span, columns: Span, teacher_lse: Tensor, column_lse: Tensor, two_sided: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def gradients(
+        self, rows: Span, columns: Span, statistics: Tensor, through_teacher: bool, two_sided: bool
+    ) -> TileGradients: ...
+
+    def operand(self, embeddings: Tensor, span: Span) -> Tensor: ...
+
+    def accumulate(self, total: Tensor, tile: Tensor, embeddings: Tensor, factor: float) -> None: ...
+
+
+class Gradients(NamedTuple):
+    """Gradients of the loss times the incoming gradient; None where not asked for."""
+
+    x: Tensor | None
+    y: Tensor | None
+    temperature: Tensor
+
+
+def row_blocks(rows: Span, block_size: int) -> Iterator[Span]:
+    """Cut a range of rows into blocks."""
+    for start in range(rows[0], rows[1], block_size):
+        yield start, min(start + block_size, rows[1])
+
+
+def visits(tiles: Tiles, own: Span, symmetric: bool) -> Iterator[tuple[Span, bool]]:
+    """(columns, two_sided) for one block of rows: all columns from one side, or those after it for both sides."""
+    if symmetric:
+        yield own, False
+    for columns in row_blocks((own[1] if symmetric else 0, len(tiles.x)), tiles.columns_per_visit()):
+        yield columns, symmetric
+
+
+def merge_statistics(running: Tensor, part: Tensor, soft: bool) -> None:
+    """Add `part` [4, n] to `running` [4, n] in place; see `TorchTiles.statistics` for the four rows."""
+    if soft:
+        teacher_lse = torch.logaddexp(running[2], part[2])
+        running[3] *= torch.exp(running[2] - teacher_lse)
+        running[3] += torch.exp(part[2] - teacher_lse) * part[3]
+        running[2] = teacher_lse
+    else:
+        running[3] += part[3]
+    torch.logaddexp(running[:2], part[:2], out=running[:2])
+
+
+def row_statistics(tiles: Tiles, rows: Span, symmetric: bool) -> Tensor:
+    """First sweep: [4, B] log-sum-exps r, c, s and target logits, complete for the items in `rows`."""
+    running = torch.full((4, len(tiles.x)), -torch.inf, dtype=compute_dtype(tiles.x.dtype), device=tiles.x.device)
+    running[3] = 0
+    for own in row_blocks(rows, tiles.block_size):
+        for columns, two_sided in visits(tiles, own, symmetric):
+            for_rows, for_columns = tiles.statistics(own, columns, two_sided)
+            merge_statistics(running[:, slice(*own)], for_rows, tiles.form.soft)
+            if for_columns is not None:
+                merge_statistics(running[:, slice(*columns)], for_columns, tiles.form.soft)
+    return running
+
+
+def row_target_sums(tiles: Tiles, rows: Span, teacher_lse: Tensor, column_lse: Tensor, symmetric: bool) -> Tensor:
+    """Second sweep: [2, B] q_i = sum_j T_ji and sum_j T_ij c_j, complete for the items in `rows`."""
+    running = torch.zeros(2, len(tiles.x), dtype=teacher_lse.dtype, device=teacher_lse.device)
+    for own in row_blocks(rows, tiles.block_size):
+        for columns, two_sided in visits(tiles, own, symmetric):
+            for_rows, for_columns = tiles.target_sums(own, columns, teacher_lse, column_lse, two_sided)
+            running[:, slice(*own)] += for_rows
+            if for_columns is not None:
+                running[:, slice(*columns)] += for_columns
+    return running
+
+
+def complete_statistics(form: Form, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Per-item losses [B] (their sum over 2B is the loss) and the statistics [5, B] for backward: r, c, s, q, rho."""
+    r, c, s, target_logits = first.unbind()
+    if second is None:
+        q, rho = torch.ones_like(r), -target_logits
+        return r + c + rho, torch.stack([r, c, s, q, rho])
+    q, target_columns = second.unbind()
+    rho = target_columns - target_logits
+    return r + rho, torch.stack([r, c, s, q, rho])
+
+
+def blockwise_forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """The loss, a scalar, and the statistics [5, B] that backward needs."""
+    rows = (0, len(tiles.x))
+    first = row_statistics(tiles, rows, symmetric=True)
+    second = row_target_sums(tiles, rows, first[2], first[1], symmetric=True) if tiles.form.needs_target_sums else None
+    per_item, statistics = complete_statistics(tiles.form, first, second)
+    loss = per_item.double().sum() / (2 * len(tiles.x))
+    return loss.to(per_item.dtype), statistics
+
+
+def blockwise_backward(
+    tiles: Tiles,
+    statistics: Tensor,
+    rows: Span,
+    scale: Tensor,
+    *,
+    symmetric: bool,
+    through_teacher: bool,
+    needs_x: bool,
+    needs_y: bool,
+) -> Gradients:
+    """One sweep of gradient tiles over the items in `rows`.
+
+    Symmetric: sums of the compute dtype for the whole batch are kept (2 x B x D values). Otherwise the gradients of one
+    block of rows at a time are completed, at the price of visiting both orders of each pair.
+
+    Args:
+        tiles: the batch.
+        statistics: [5, B] from `complete_statistics`.
+        rows: the items whose vectors' gradients are wanted; all of them if symmetric.
+        scale: the incoming gradient over 2B, a scalar of the compute dtype.
+        symmetric, through_teacher, needs_x, needs_y: what to compute.
+
+    Returns:
+        Gradients [rows, D] in the vectors' dtype, rounded once, and the rows' share of the temperature's gradient.
+    """
+    x = tiles.x
+    count = rows[1] - rows[0]
+
+    def totals(length: int) -> Totals:
+        shape = (length, x.shape[1])
+        return Totals(*(x.new_zeros(shape, dtype=scale.dtype) if needed else None for needed in (needs_x, needs_y)))
+
+    temperature = torch.zeros((), dtype=torch.float64, device=x.device)
+    if symmetric:
+        whole = totals(count)
+        for own in row_blocks(rows, tiles.block_size):
+            for columns, two_sided in visits(tiles, own, symmetric):
+                tile = tiles.gradients(own, columns, statistics, through_teacher, two_sided)
+                temperature += tile.temperature
+                _add_products(tiles, tile, whole.part(own), columns)
+                if two_sided:
+                    _add_products(tiles, _transposed(tile), whole.part(columns), own)
+        dx, dy = whole.rounded(scale, x.dtype)
+    else:
+        dx, dy = (x.new_empty(count, x.shape[1]) if needed else None for needed in (needs_x, needs_y))
+        for own in row_blocks(rows, tiles.block_size):
+            block = totals(own[1] - own[0])
+            for columns, two_sided in visits(tiles, own, symmetric):
+                tile = tiles.gradients(own, columns, statistics, through_teacher, two_sided)
+                temperature += tile.temperature
+                _add_products(tiles, tile, block, columns)
+            for result, finished in zip((dx, dy), block.rounded(scale, x.dtype), strict=True):
+                if result is not None:
+                    result[own[0] - rows[0] : own[1] - rows[0]] = finished
+    return Gradients(dx, dy, temperature.to(scale.dtype) * scale / tiles.temperature)
+
+
+class Totals(NamedTuple):
+    """Running sums of gradients for a range of items, [n, D] in the compute dtype; None where not needed."""
+
+    x: Tensor | None
+    y: Tensor | None
+
+    def part(self, span: Span) -> Totals:
+        return Totals(*(None if total is None else total[span[0] : span[1]] for total in self))
+
+    def rounded(self, scale: Tensor, dtype: torch.dtype) -> Iterator[Tensor | None]:
+        """Scale the sums in place and give them in `dtype`."""
+        return (None if total is None else total.mul_(scale).to(dtype) for total in self)
+
+
+def _transposed(tile: TileGradients) -> TileGradients:
+    return tile._replace(
+        logits=tile.transposed_logits.T,
+        transposed_logits=tile.logits.T,
+        teacher=None if tile.teacher is None else tile.teacher.T,
+    )
+
+
+def _add_products(tiles: Tiles, tile: TileGradients, totals: Totals, other: Span) -> None:
+    """dX += dL Y_other / tau + tau/2 dS X_other, and dY likewise with dL's transpose."""
+    x_other, y_other = tiles.operand(tiles.x, other), tiles.operand(tiles.y, other)
+    for total, logits, across, along in (
+        (totals.x, tile.logits, y_other, x_other),
+        (totals.y, tile.transposed_logits, x_other, y_other),
+    ):
+        if total is None:
+            continue
+        tiles.accumulate(total, logits, across, tile.logits_factor)
+        if tile.teacher is not None:
+            tiles.accumulate(total, tile.teacher, along, tile.teacher_factor)
