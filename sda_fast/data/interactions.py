@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import logging
 import math
 from collections import Counter
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sda_fast.data.atomic import write_bytes_atomic
 from sda_fast.data.errors import DataError, log_warnings
 from sda_fast.data.items import Catalogue, check_id
 from sda_fast.data.lines import read_lines
@@ -111,6 +113,52 @@ def read_interactions(
         item_ids = catalogue.item_ids
     log_warnings(logger, str(path), warnings)
     return Interactions(user_ids, item_ids, user_positions, item_positions, timestamps, warnings)
+
+
+def write_interactions(interactions: Interactions, path: str | Path) -> None:
+    """Write user_id, item_id, timestamp as tab-separated text (gzipped if `path` ends in .gz), atomically."""
+    path = Path(path)
+    whole = bool((interactions.timestamps == np.floor(interactions.timestamps)).all())
+    rows = ["user_id\titem_id\ttimestamp\n"]
+    for user, item, timestamp in zip(
+        interactions.users.tolist(), interactions.items.tolist(), interactions.timestamps.tolist(), strict=True
+    ):
+        time = int(timestamp) if whole else repr(timestamp)
+        rows.append(f"{interactions.user_ids[user]}\t{interactions.item_ids[item]}\t{time}\n")
+    content = "".join(rows).encode("utf-8")
+    write_bytes_atomic(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def select_rows(interactions: Interactions, keep: np.ndarray) -> Interactions:
+    """The rows where `keep` (bool [n]) is true; users and items without any row left lose their position."""
+    seen_users, users = np.unique(interactions.users[keep], return_inverse=True)
+    seen_items, items = np.unique(interactions.items[keep], return_inverse=True)
+    return Interactions(
+        [interactions.user_ids[position] for position in seen_users],
+        [interactions.item_ids[position] for position in seen_items],
+        users.astype(np.int32),
+        items.astype(np.int32),
+        interactions.timestamps[keep],
+        interactions.warnings.copy(),
+    )
+
+
+def k_core(interactions: Interactions, k: int) -> Interactions:
+    """The largest subset in which every user and every item has at least k rows; 0 or 1 keeps everything.
+
+    A (user, item) pair that occurs again counts once.
+    """
+    keys = interactions.users.astype(np.int64) * len(interactions.item_ids) + interactions.items
+    _, first, pair = np.unique(keys, return_index=True, return_inverse=True)
+    users, items = interactions.users[first], interactions.items[first]
+    kept = np.ones(len(first), dtype=bool)
+    while True:
+        user_counts = np.bincount(users[kept], minlength=len(interactions.user_ids))
+        item_counts = np.bincount(items[kept], minlength=len(interactions.item_ids))
+        remaining = kept & (user_counts[users] >= k) & (item_counts[items] >= k)
+        if (remaining == kept).all():
+            return select_rows(interactions, kept[pair])
+        kept = remaining
 
 
 def _column(columns: list[str], wanted: str | None, usual: tuple[str, ...], path: Path) -> int:
