@@ -85,6 +85,8 @@ class RecommendConfig:
             raise ValueError(f"embedding_dim {self.embedding_dim} is not a multiple of num_heads {self.num_heads}")
         if not self.seeds:
             raise ValueError("seeds is empty, expected at least one seed")
+        if not (self.baselines or (self.recommenders and (self.id_only or self.vectors))):
+            raise ValueError("nothing to do: no baselines, and no recommenders with or without vectors")
         for name in self.vectors:
             if name in (ID_ONLY, BASELINE):
                 raise ValueError(f"the name {name!r} is taken, call the vectors otherwise")

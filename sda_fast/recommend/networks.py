@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cornac.models import BERT4Rec, GRU4Rec, SASRec, TransformerRec
+from cornac.models import GRU4Rec, SASRec, TransformerRec
 from cornac.models.gru4rec.gru4rec import GRU4RecModel
 from cornac.models.recommender import NextItemRecommender
 from cornac.models.sasrec.sasrec import SASRecModel
@@ -19,8 +19,6 @@ from cornac.models.transformer_rec.transformer_rec import TransformerRecModel
 from torch import Tensor, nn
 
 from sda_fast.recommend.config import RecommendConfig
-
-__all__ = ["BERT4Rec", "BERT4RecNetwork", "GRU4RecNetwork", "SASRecNetwork", "SequenceNetwork", "build_network"]
 
 
 class SequenceNetwork(nn.Module):
@@ -47,6 +45,11 @@ class SequenceNetwork(nn.Module):
     @embedding.setter
     def embedding(self, module: nn.Module) -> None:
         setattr(self.inner, self.embedding_name, module)
+
+    def item_vectors(self) -> Tensor:
+        """[num_items, D] without gradient: the embeddings of all items."""
+        with torch.no_grad():
+            return self.embedding(torch.arange(self.num_items, device=next(self.parameters()).device))
 
     def hidden_states(self, sequences: Tensor) -> Tensor:
         """[B, T] int64 ids, T at most max_length -> [B, T, D]."""

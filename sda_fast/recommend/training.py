@@ -88,14 +88,16 @@ def network_scorer(network: SequenceNetwork, split: Split, config: RecommendConf
     device = next(network.parameters()).device
     everything = torch.arange(split.num_items, device=device)
     network.eval()
-    with torch.no_grad(), _shared(network, everything):
-        item_vectors, biases = network.embedding(everything), network.biases(everything)
+    item_vectors = network.item_vectors()
+    with torch.no_grad():
+        biases = network.biases(everything)
 
     def score(users: np.ndarray, with_validation_item: bool) -> Tensor:
         last = split.validation_items[users] if with_validation_item else None
         rows = pad_histories(split.train_items, split.train_offsets, users, config.max_length, split.num_items, last)
         with torch.no_grad():
-            states = network.last_states(torch.as_tensor(rows, device=device))
+            with _shared(network, torch.as_tensor(np.unique(rows[rows < split.num_items]), device=device)):
+                states = network.last_states(torch.as_tensor(rows, device=device))
             scores = states @ item_vectors.T
         return scores if biases is None else scores + biases
 

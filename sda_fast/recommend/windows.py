@@ -37,6 +37,8 @@ def window_batches(windows: np.ndarray, batch_positions: int, rng: np.random.Gen
 
     At least one window per batch.
     """
+    if not len(windows):
+        return
     windows = windows[rng.permutation(len(windows))]
     lengths = windows[:, 1] - windows[:, 0]
     bucket = max(1, round(BATCHES_PER_BUCKET * batch_positions / max(1.0, float(lengths.mean()))))
