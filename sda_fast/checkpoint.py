@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -161,33 +162,33 @@ def _unflatten(entries: Mapping[str, Any]) -> dict[Any, Any]:
     return tree
 
 
-def save_random_state(path: Path) -> None:
-    """Write the random states of torch (CPU and every CUDA device), NumPy's global generator and Python's `random`."""
+def random_state() -> dict[str, torch.Tensor]:
+    """The random states of torch (CPU, and the current CUDA device's), NumPy's global generator and Python's `random`.
+
+    Every tensor has a fixed size, so that processes can exchange them.
+    """
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    tensors = {
+    state = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.tensor([*np.asarray(keys).tolist(), int(position), int(has_gauss)], dtype=torch.int64),
+        "numpy_cached": torch.tensor([float(cached)], dtype=torch.float64),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
     }
     if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"cuda.{index}"] = state
-    rest = {"python": [version, gauss], "numpy": [int(position), int(has_gauss), float(cached)]}
-    save_file(tensors, path, metadata={"rest": json.dumps(rest)})
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
-def load_random_state(path: Path) -> None:
-    """Restore what `save_random_state` wrote."""
-    with safe_open(path, framework="pt") as stream:
-        rest = json.loads(stream.metadata()["rest"])
-    tensors = load_file(path)
-    torch.set_rng_state(tensors["torch"])
-    version, gauss = rest["python"]
-    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
-    position, has_gauss, cached = rest["numpy"]
-    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"cuda.{index}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
+def restore_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    """Restore what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    *keys, position, has_gauss = state["numpy"].tolist()
+    cached = float(state["numpy_cached"])
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, *words = state["python"].tolist()
+    gauss = float(state["python_gauss"])
+    random.setstate((version, tuple(words), None if math.isnan(gauss) else gauss))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

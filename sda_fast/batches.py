@@ -1,0 +1,140 @@
+"""A batch of items made ready for the model: chunks of tokens and pixels, similar lengths together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sda_fast.data.images import NOISE_SIDE, bounded_size
+from sda_fast.data.items import Item
+from sda_fast.lvlm.collate import ImageOptions, collate_images, collate_texts
+from sda_fast.lvlm.family import ImageFeatures
+from sda_fast.lvlm.load import LVLM
+from sda_fast.lvlm.prompts import PromptConfig, attribute_text
+from sda_fast.sampler import length_buckets
+
+
+@dataclass
+class Chunk:
+    """A few items' sequences of one modality, and what the frozen tower made of the pictures once it is known."""
+
+    tensors: dict[str, Tensor]
+    image_features: list[ImageFeatures] | None = None
+
+
+@dataclass
+class Side:
+    """One modality of a batch.
+
+    Attributes:
+        chunks: the items in pieces.
+        places: [B] int64; row i of the batch is row places[i] of the chunks laid end to end.
+    """
+
+    chunks: list[Chunk]
+    places: Tensor
+
+    def in_batch_order(self, vectors: Tensor) -> Tensor:
+        """Rows of the chunks' vectors [B, D] in the batch's order."""
+        return vectors[self.places.to(vectors.device)]
+
+
+@dataclass
+class Batch:
+    """The image side and the text side of the same items."""
+
+    images: Side
+    texts: Side
+    chunk_size: int | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences, padding left out."""
+        return sum(int(mask.sum()) for mask in self._masks())
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens of all sequences, padding counted."""
+        return sum(mask.numel() for mask in self._masks())
+
+    def _masks(self) -> Iterator[Tensor]:
+        for chunk in (*self.images.chunks, *self.texts.chunks):
+            yield chunk.tensors["attention_mask"]
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Turns items into batches for one model."""
+
+    lvlm: LVLM
+    prompts: PromptConfig
+    image_options: ImageOptions
+    length_bucketing: bool = True
+
+    def make(self, items: Sequence[Item], chunk_size: int | None) -> Batch:
+        """A batch in chunks of at most `chunk_size` items; None: one chunk."""
+        size = chunk_size or len(items)
+        images = self._side(self.image_chunk, items, [image_area(item, self.image_options) for item in items], size)
+        texts = self._side(self.text_chunk, items, [len(attribute_text(item, self.prompts)) for item in items], size)
+        return Batch(images, texts, chunk_size)
+
+    def image_chunk(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        return collate_images(self.lvlm, items, self.prompts, self.image_options)
+
+    def text_chunk(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        return collate_texts(self.lvlm, items, self.prompts)
+
+    def _side(
+        self,
+        collate: Callable[[Sequence[Item]], dict[str, Tensor]],
+        items: Sequence[Item],
+        lengths: list[int],
+        size: int,
+    ) -> Side:
+        bucketed = self.length_bucketing and size < len(items)
+        buckets = length_buckets(lengths if bucketed else [0] * len(items), size)
+        places = torch.tensor([place for bucket in buckets for place in bucket], dtype=torch.int64).argsort()
+        return Side([Chunk(collate([items[place] for place in bucket])) for bucket in buckets], places)
+
+
+def image_area(item: Item, options: ImageOptions) -> int:
+    """Pixels of the item's picture after scaling, from the file's header: what its sequence's length grows with."""
+    width = height = NOISE_SIDE
+    if item.image is not None:
+        try:
+            with Image.open(item.image) as image:
+                width, height = image.size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            width = height = NOISE_SIDE
+    width, height = bounded_size(width, height, options.min_pixels, options.max_pixels)
+    return width * height
+
+
+class Prefetcher:
+    """Makes the batch of the next step in one background thread while the current one is being trained on."""
+
+    def __init__(self, make: Callable[[int, int | None], Batch], *, last_step: int, enabled: bool = True) -> None:
+        self._make = make
+        self._last_step = last_step
+        # One thread: the tokenizers of transformers change their own state while they pad.
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch") if enabled else None
+        self._ahead: tuple[int, int | None, Future[Batch]] | None = None
+
+    def get(self, step: int, chunk_size: int | None) -> Batch:
+        """The batch of `step`; starts on the next one."""
+        ahead, self._ahead = self._ahead, None
+        batch = ahead[2].result() if ahead is not None else None
+        if ahead is None or batch is None or ahead[:2] != (step, chunk_size):
+            batch = self._make(step, chunk_size)
+        if self._executor is not None and step < self._last_step:
+            self._ahead = (step + 1, chunk_size, self._executor.submit(self._make, step + 1, chunk_size))
+        return batch
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,186 @@
+"""What a fine-tuning run changes as it goes, and how it is written to and read from disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sda_fast import checkpoint
+from sda_fast.data.atomic import write_json_atomic, write_text_atomic
+from sda_fast.fingerprint import versions
+from sda_fast.losses.modules import CMSALoss, InfoNCELoss
+from sda_fast.lvlm.load import LVLM, load_lvlm
+from sda_fast.moda.config import MoDAConfig
+from sda_fast.moda.inject import adapt_model
+from sda_fast.moda.save import load_adapter, save_adapter
+from sda_fast.model_card import model_card
+from sda_fast.train_config import FinetuneConfig
+
+
+@dataclass
+class TrainingState:
+    """Model, loss and optimiser in the middle of a run.
+
+    Attributes:
+        parameters: the adapters' and the loss's, as the optimiser holds them.
+        step: steps made so far.
+        seconds: spent in them, over all resumptions.
+        chunk_size: items encoded at a time; None: the whole batch at once.
+    """
+
+    lvlm: LVLM
+    loss: CMSALoss | InfoNCELoss
+    optimizer: torch.optim.Optimizer
+    parameters: list[torch.nn.Parameter]
+    accelerator: Accelerator
+    step: int = 0
+    seconds: float = 0.0
+    chunk_size: int | None = None
+
+    @property
+    def temperature(self) -> float:
+        return float(self.loss.temperature.detach())
+
+    def save(self, folder: Path, identity: Mapping[str, Any], keep: int) -> None:
+        """Write a checkpoint and delete all but the newest `keep`; every process must call it.
+
+        Raises:
+            OSError: it could not be written; the ones before it are kept.
+        """
+        random_states = self._gathered_random_states()
+        if not self.accelerator.is_main_process:
+            return
+        state = {"identity": dict(identity), "seconds": self.seconds, "chunk_size": self.chunk_size}
+
+        def write(path: Path) -> None:
+            save_adapter(self.lvlm.model, path / "adapter", base_model_name=self.lvlm.name)
+            save_file(
+                {name: tensor.cpu() for name, tensor in self.loss.state_dict().items()}, path / "loss.safetensors"
+            )
+            checkpoint.save_optimizer(self.optimizer, path / "optimizer.safetensors")
+            save_file(random_states, path / "random.safetensors")
+
+        try:
+            written = checkpoint.write_checkpoint(folder, self.step, state, write)
+        except (OSError, SafetensorError) as error:
+            older = sorted(path.name for path in folder.glob("step-*"))
+            kept = f"the last checkpoint is {older[-1]}" if older else "there is none before it"
+            raise OSError(f"cannot write the checkpoint of step {self.step} to {folder}: {error}; {kept}") from error
+        checkpoint.prune_checkpoints(written, keep)
+
+    def restore(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Take over a checkpoint: `path` and its state, from `newest_checkpoint`."""
+        load_adapter(self.lvlm.model, path / "adapter")
+        self.loss.load_state_dict(load_file(path / "loss.safetensors"))
+        checkpoint.load_optimizer(self.optimizer, path / "optimizer.safetensors")
+        mine = f"{self.accelerator.process_index}."
+        random_states = load_file(path / "random.safetensors")
+        checkpoint.restore_random_state(
+            {name.removeprefix(mine): tensor for name, tensor in random_states.items() if name.startswith(mine)}
+        )
+        self.step, self.seconds, self.chunk_size = state["step"], state["seconds"], state["chunk_size"]
+
+    def write_adapter(
+        self, folder: Path, config: FinetuneConfig, identity: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> None:
+        """Write the finished adapter with its card, replacing what `folder` held."""
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            save_adapter(self.lvlm.model, unfinished, base_model_name=self.lvlm.name)
+            settings = config.as_json()
+            used = versions()
+            record = {"settings": settings, "identity": dict(identity), "training": dict(facts), "versions": used}
+            write_json_atomic(unfinished / "training.json", record)
+            card = model_card(settings, facts, used, config.differences_from_published())
+            write_text_atomic(unfinished / "README.md", card)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _gathered_random_states(self) -> dict[str, torch.Tensor]:
+        """Every process's random states, the names prefixed with its number."""
+        processes = self.accelerator.num_processes
+        gathered = {}
+        for name, tensor in checkpoint.random_state().items():
+            whole = self.accelerator.gather(tensor[None].to(self.accelerator.device)).cpu()
+            for process in range(processes):
+                gathered[f"{process}.{name}"] = whole[process].clone()
+        return gathered
+
+
+def build_state(config: FinetuneConfig, accelerator: Accelerator) -> TrainingState:
+    """The state before the first step: model loaded and adapted, loss and optimiser made."""
+    device = torch.device(config.device) if config.device else accelerator.device
+    lvlm = load_lvlm(
+        config.model, quantization=config.quantization, dtype=activation_dtype(config.precision, device), device=device
+    )
+    adapt_model(lvlm.model, moda_config(config, lvlm))
+    loss = make_loss(config).to(device)
+    adapters = [parameter for parameter in lvlm.model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": adapters, "weight_decay": config.weight_decay},
+        {"params": list(loss.parameters()), "weight_decay": 0.0},
+    ]
+    optimizer = make_optimizer(config, [group for group in groups if group["params"]], device)
+    chunk_size = config.chunk_size if isinstance(config.chunk_size, int) else None
+    return TrainingState(lvlm, loss, optimizer, [*adapters, *loss.parameters()], accelerator, chunk_size=chunk_size)
+
+
+def activation_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that "bf16", "fp32" or "auto" (bf16 on a GPU, float32 on the CPU) means."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def moda_config(config: FinetuneConfig, lvlm: LVLM) -> MoDAConfig:
+    """The adapter's configuration; plain LoRA is one expert, whose gate is 1."""
+    return MoDAConfig(
+        r=config.r,
+        num_experts=config.num_experts if config.adapter == "moda" else 1,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=lvlm.family.target_modules,
+        seed=config.seed,
+    )
+
+
+def make_loss(config: FinetuneConfig) -> CMSALoss | InfoNCELoss:
+    if config.loss == "infonce":
+        return InfoNCELoss(config.temperature, config.learnable_temperature, normalize=config.normalize)
+    return CMSALoss(
+        config.temperature,
+        config.learnable_temperature,
+        detach_teacher=config.detach_teacher,
+        normalize=config.normalize,
+        row_normalized_targets=config.row_normalized_targets,
+    )
+
+
+def make_optimizer(config: FinetuneConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """AdamW with the published betas (0.9, 0.999).
+
+    Raises:
+        ValueError: an 8-bit optimiser without a GPU.
+    """
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    if device.type != "cuda":
+        raise ValueError(f"optimizer {config.optimizer!r} needs a GPU, the device is {device}")
+    import bitsandbytes
+
+    kind = bitsandbytes.optim.AdamW8bit if config.optimizer == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
+    return kind(groups, lr=config.learning_rate)
