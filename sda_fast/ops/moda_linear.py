@@ -1,0 +1,192 @@
+"""MoDA's linear layer as a function: the frozen product plus a mixture of low-rank experts chosen by modality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sda_fast.ops.moda_group import layout_numbers, resolve_backend
+from sda_fast.ops.quantized import describe_weight
+
+
+def moda_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gates: Tensor,
+    modality_ids: Tensor | Sequence[int] | int | None = None,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """x W^T + bias + scaling * sum over experts e of gate_e * B_e A_e dropout(x) (arXiv 2512.06883, MoDA).
+
+    The experts cost what one LoRA of the total rank costs. Kept for backward: x, h = dropout(x) A^T in float32, and a seed
+    (on a CPU one bit per element of x).
+
+    Args:
+        x: [..., K], float64, float32, float16 or bfloat16; under autocast it is cast as in `torch.nn.functional.linear`.
+        weight: [N, K] in any floating dtype, or a bitsandbytes 4-bit parameter; frozen.
+        lora_A: [R, K], the experts' rows stacked: expert e owns rows e * R / E to (e + 1) * R / E - 1.
+        lora_B: [N, R], stacked likewise in columns.
+        gates: [num_modalities, E] after softmax; without modality_ids [rows, E] or [1, E], one line per row or for all.
+        modality_ids: one per sequence ([B] for x [B, ..., K]) or one per token (x's shape without K), integers below
+            num_modalities; or one int for all.
+        scaling: alpha / r.
+        bias: [N] or None; frozen.
+        dropout: probability of dropping an element of x on its way to A; 0 in evaluation.
+        seed: of the dropout mask, an int in [0, 2**63) or one int64 element on x's device; drawn from the default
+            generator of x's device if absent.
+        backend: "auto", "triton" or "torch".
+    Returns:
+        [..., N] in x's dtype. Differentiable once, in x, lora_A, lora_B and gates.
+    Raises:
+        ValueError: shapes do not fit, an id is out of range (checked for ids on a CPU), or a frozen part requires grad.
+        RuntimeError: backend="triton" cannot run here.
+    """
+    return moda_linear_group(
+        x,
+        [weight],
+        [lora_A],
+        [lora_B],
+        [gates],
+        modality_ids,
+        scalings=[scaling],
+        biases=[bias],
+        dropout=dropout,
+        seed=seed,
+        backend=backend,
+    )[0]
+
+
+def moda_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    modality_ids: Tensor | Sequence[int] | int | None = None,
+    *,
+    scalings: Sequence[float],
+    biases: Sequence[Tensor | None],
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """`moda_linear` for several layers that read the same x, which is then read once for all of them.
+
+    Args:
+        weights, lora_A, lora_B, gates, scalings, biases: one entry per layer, as in `moda_linear`; ranks, experts and
+            output sizes may differ.
+        modality_ids, dropout, seed: shared; one dropout mask serves all layers.
+    Returns:
+        One [..., N] per layer.
+    Raises:
+        As `moda_linear`.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    resolved = resolve_backend(backend, x)
+    ids, gates = ids_and_gates(x, modality_ids, list(gates))
+    described = [describe_weight(weight) for weight in weights]
+    layouts: list[int] = []
+    for index, (layout, _, _) in enumerate(described):
+        check_layer(x, layout.out_features, layout.in_features, lora_A[index], lora_B[index], gates[index])
+        check_frozen(weights[index], biases[index], layout.out_features)
+        check_gates(x, ids, gates[index])
+        layouts += layout_numbers(layout, biases[index] is not None)
+    y, _, _ = torch.ops.sda_fast.moda_group(
+        x.reshape(-1, x.shape[-1]),
+        [data for _, data, _ in described],
+        [tensor for _, _, statistics in described for tensor in statistics],
+        layouts,
+        [bias for bias in biases if bias is not None],
+        list(lora_A),
+        list(lora_B),
+        gates,
+        ids,
+        list(scalings),
+        dropout,
+        seed_tensor(x, seed) if dropout > 0 else None,
+        resolved,
+    )
+    return [output.view(*x.shape[:-1], output.shape[1]) for output in y]
+
+
+def seed_tensor(x: Tensor, seed: Tensor | int | None) -> Tensor:
+    """The seed as one int64 element on x's device."""
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    if isinstance(seed, int):
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        return torch.tensor([seed], dtype=torch.int64, device=x.device)
+    if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != x.device:
+        raise ValueError(
+            f"seed must be one int64 element on {x.device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        )
+    return seed.reshape(1)
+
+
+def ids_and_gates(
+    x: Tensor, modality_ids: Tensor | Sequence[int] | int | None, gates: list[Tensor]
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The ids as a flat int64 tensor whose length divides the number of rows, or None and gates that need no ids."""
+    if modality_ids is None:
+        return None, gates
+    modalities = min(gate.shape[0] for gate in gates)
+    if isinstance(modality_ids, int):
+        if not 0 <= modality_ids < modalities:
+            raise ValueError(f"modality id {modality_ids} is not below the number of modalities, {modalities}")
+        return None, [gate[modality_ids : modality_ids + 1] for gate in gates]
+    ids = torch.as_tensor(modality_ids, device=x.device)
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"modality_ids must be integers, got {ids.dtype}")
+    leading = x.shape[:-1]
+    if ids.shape != leading and ids.shape != leading[:1]:
+        raise ValueError(
+            f"modality_ids has shape {tuple(ids.shape)} but x has {leading[0] if leading else 1} sequences and "
+            f"leading shape {tuple(leading)}: give one id per sequence or one per token"
+        )
+    checkable = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checkable and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < modalities:
+        raise ValueError(
+            f"modality_ids run from {int(ids.min())} to {int(ids.max())} but there are {modalities} modalities"
+        )
+    return ids.reshape(-1).to(torch.int64), gates
+
+
+def check_layer(x: Tensor, N: int, K: int, lora_A: Tensor, lora_B: Tensor, gates: Tensor) -> None:
+    """Shapes of one layer's parameters against its weight and x."""
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x has shape {tuple(x.shape)} but the weight takes {K} features")
+    if lora_A.dim() != 2 or lora_A.shape[1] != K:
+        raise ValueError(f"lora_A must be [R, {K}], got {tuple(lora_A.shape)}")
+    R = lora_A.shape[0]
+    if lora_B.shape != (N, R):
+        raise ValueError(f"lora_B must be [{N}, {R}], got {tuple(lora_B.shape)}")
+    if gates.dim() != 2 or gates.shape[1] < 1 or R % gates.shape[1] != 0:
+        raise ValueError(f"gates must be [modalities, E] with E dividing the total rank {R}, got {tuple(gates.shape)}")
+
+
+def check_frozen(weight: Tensor, bias: Tensor | None, N: int) -> None:
+    """The frozen part must fit and must not ask for gradients that would silently not come."""
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias must be [{N}], got {tuple(bias.shape)}")
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("weight and bias are frozen in MoDA but require grad; call requires_grad_(False) on them")
+
+
+def check_gates(x: Tensor, ids: Tensor | None, gates: Tensor) -> None:
+    """Without ids there must be one line of gates for all rows, or one per row."""
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if ids is None and gates.shape[0] not in (1, rows):
+        raise ValueError(f"without modality_ids gates must have 1 or {rows} lines (one per row of x), got {gates.shape[0]}")

@@ -1,0 +1,197 @@
+"""The PyTorch path of MoDA for layers that share x, forward and backward, on 2-D tensors and without autograd.
+
+Sizes: M rows, K inputs, N outputs of a layer, R its total rank, E its experts. Activation-sized products run in the dtype
+of x; everything of size M x R is held in float32 (float64 for float64 activations) and rounded once before a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sda_fast.ops.dropout import drop, dropout_scale, keep_bits
+from sda_fast.ops.quantized import WeightLayout, decode, workspaces
+
+# Elements of x that are masked at once: the masked copy should stay in the cache.
+ELEMENTS_PER_CHUNK = 1 << 20
+
+
+@dataclass
+class Member:
+    """One layer of a group, as tensors. `gates` is [modalities, E], or with no ids [M, E] or [1, E]."""
+
+    layout: WeightLayout
+    weight: Tensor
+    statistics: list[Tensor]
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    gates: Tensor
+    scaling: float
+    ranks: slice
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The [N, K] weight in `dtype`; see `decode`."""
+        return decode(self.layout, self.weight, self.statistics, dtype)
+
+
+@dataclass
+class Gradients:
+    """What backward gives; None where it was not asked for. dA belongs to the stacked A of the group."""
+
+    dx: Tensor | None
+    dA: Tensor | None
+    dB: list[Tensor | None]
+    dgates: list[Tensor | None]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def stacked_A(members: Sequence[Member], dtype: torch.dtype) -> Tensor:
+    """The A of all members in one [sum of R, K] matrix."""
+    if len(members) == 1:
+        return members[0].lora_A.to(dtype)
+    return torch.cat([member.lora_A.to(dtype) for member in members])
+
+
+def gate_of_ranks(member: Member, modality_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scaling * gate for every rank, one line per id (or per line of gates): [n, R]."""
+    gates = member.gates.to(dtype) * member.scaling
+    if modality_ids is not None:
+        gates = gates.index_select(0, modality_ids)
+    return gates.repeat_interleave(member.lora_A.shape[0] // gates.shape[1], dim=1)
+
+
+def by_id(matrix: Tensor, lines: int) -> Tensor:
+    """[M, R] as [lines, M / lines, R]: the rows that share one id side by side."""
+    return matrix.reshape(lines, matrix.shape[0] // lines if lines else 0, matrix.shape[1])
+
+
+def gated(matrix: Tensor, gate: Tensor) -> Tensor:
+    """matrix * G for G given as one line per id: [M, R]."""
+    if gate.shape[0] == matrix.shape[0]:
+        return matrix * gate
+    return (by_id(matrix, gate.shape[0]) * gate[:, None]).view(matrix.shape)
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows with at most ELEMENTS_PER_CHUNK elements each."""
+    step = max(1, ELEMENTS_PER_CHUNK // max(1, columns))
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def forward(
+    x: Tensor, members: Sequence[Member], modality_ids: Tensor | None, dropout: float, seed: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """y of every member, h of all [M, sum of R], and the packed dropout mask (empty without dropout)."""
+    lora_A = stacked_A(members, x.dtype)
+    if dropout > 0:
+        assert seed is not None
+        bits = keep_bits(x.shape[0], x.shape[1], dropout, seed)
+        h = torch.empty(x.shape[0], lora_A.shape[0], dtype=wide(x.dtype), device=x.device)
+        for rows in row_chunks(*x.shape):
+            h[rows] = drop(x[rows], bits[rows]) @ lora_A.t()
+        h.mul_(dropout_scale(dropout))
+    else:
+        bits = torch.empty(0, dtype=torch.uint8, device=x.device)
+        h = (x @ lora_A.t()).to(wide(x.dtype))
+    outputs = []
+    for member in members:
+        bias = None if member.bias is None else member.bias.to(x.dtype)
+        with workspaces.guard(x.device):
+            y = torch.nn.functional.linear(x, member.decoded(x.dtype), bias)
+        h_gated = gated(h[:, member.ranks], gate_of_ranks(member, modality_ids, h.dtype))
+        y.addmm_(h_gated.to(x.dtype), member.lora_B.to(x.dtype).t())
+        outputs.append(y)
+    return outputs, h, bits
+
+
+def backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    h: Tensor | None,
+    bits: Tensor | None,
+    members: Sequence[Member],
+    modality_ids: Tensor | None,
+    dropout: float,
+    *,
+    needs_x: bool,
+    needs_A: bool,
+    needs_B: bool,
+    needs_gates: bool,
+) -> Gradients:
+    """Gradients from all dy of the group; DESIGN.md section 3. `x` and `h` may be None where they are not needed."""
+    dtype, M = dys[0].dtype, dys[0].shape[0]
+    sums = wide(dtype)
+    dx: Tensor | None = None
+    dh = torch.empty(M, members[-1].ranks.stop, dtype=sums, device=dys[0].device) if needs_x or needs_A else None
+    gradients = Gradients(None, None, [], [])
+    for member, dy in zip(members, dys, strict=True):
+        if needs_x:
+            with workspaces.guard(dy.device):
+                dx = dy @ member.decoded(dtype) if dx is None else dx.addmm_(dy, member.decoded(dtype))
+        gate = gate_of_ranks(member, modality_ids, sums)
+        dB = dgates = None
+        if needs_B:
+            assert h is not None
+            dB = (gated(h[:, member.ranks], gate).to(dtype).t() @ dy).t()
+        if dh is not None or needs_gates:
+            dhg = (dy @ member.lora_B.to(dtype)).to(sums)
+            if dh is not None:
+                dh[:, member.ranks] = gated(dhg, gate)
+            if needs_gates:
+                assert h is not None
+                dgates = gate_gradient(dhg * h[:, member.ranks], member, modality_ids)
+        gradients.dB.append(dB)
+        gradients.dgates.append(dgates)
+    gradients.dx = dx
+    if dh is not None:
+        gradients.dA = low_rank_backward(x, dh, bits, members, dx, dropout, dtype, needs_A)
+    return gradients
+
+
+def gate_gradient(products: Tensor, member: Member, modality_ids: Tensor | None) -> Tensor:
+    """dg = scaling * the sum of dhg * h over the rows of a modality and the ranks of an expert, in the shape of gates."""
+    modalities, experts = member.gates.shape
+    lines = modalities if modality_ids is None else modality_ids.shape[0]
+    of_line = by_id(products, lines).sum(1).view(lines, experts, -1).sum(2) * member.scaling
+    if modality_ids is None:
+        return of_line
+    # A product with the indicator of each modality, because index_add is not deterministic on a GPU.
+    indicator = modality_ids[None, :] == torch.arange(modalities, device=modality_ids.device)[:, None]
+    return indicator.to(of_line.dtype) @ of_line
+
+
+def low_rank_backward(
+    x: Tensor | None,
+    dh: Tensor,
+    bits: Tensor | None,
+    members: Sequence[Member],
+    dx: Tensor | None,
+    dropout: float,
+    dtype: torch.dtype,
+    needs_A: bool,
+) -> Tensor | None:
+    """Add the low-rank part into dx in place and return dA of the stacked A, [sum of R, K], in float32 or float64."""
+    lora_A = stacked_A(members, dtype)
+    narrow = dh.to(dtype)
+    if dropout == 0:
+        if dx is not None:
+            dx.addmm_(narrow, lora_A)
+        return (narrow.t() @ x).to(dh.dtype) if needs_A and x is not None else None
+    assert bits is not None
+    scale = dropout_scale(dropout)
+    scaled = (dh * scale).to(dtype)
+    dA = torch.zeros(lora_A.shape, dtype=dh.dtype, device=dh.device) if needs_A else None
+    for rows in row_chunks(dh.shape[0], lora_A.shape[1]):
+        if dA is not None and x is not None:
+            dA += scaled[rows].t() @ drop(x[rows], bits[rows])
+        if dx is not None:
+            dx[rows] += drop(scaled[rows] @ lora_A, bits[rows])
+    return dA

@@ -1,0 +1,101 @@
+"""The Triton path of MoDA for layers that share x: library GEMMs for the frozen weights, our kernels around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sda_fast.kernels.moda_backward import dx_pass, dy_pass
+from sda_fast.kernels.moda_forward import expand_add, project
+from sda_fast.ops.moda_torch import Gradients, Member
+from sda_fast.ops.quantized import workspaces
+
+
+def stacked_A(members: Sequence[Member]) -> Tensor:
+    """The A of all members in one [sum of R, K] matrix."""
+    if len(members) == 1:
+        return members[0].lora_A.contiguous()
+    return torch.cat([member.lora_A for member in members])
+
+
+def ids_of(member: Member, modality_ids: Tensor | None, rows: int) -> tuple[Tensor | None, int]:
+    """The kernels' ids and how many rows share one; a single line of gates is one modality with id 0."""
+    if modality_ids is not None:
+        return modality_ids, max(1, rows // max(1, modality_ids.shape[0]))
+    if member.gates.shape[0] == rows:
+        return None, 1
+    return torch.zeros(1, dtype=torch.int64, device=member.gates.device), max(1, rows)
+
+
+def forward(
+    x: Tensor, members: Sequence[Member], modality_ids: Tensor | None, dropout: float, seed: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """y of every member, h of all [M, sum of R], and an empty tensor: the mask is drawn again in backward."""
+    h = project(x, stacked_A(members), dropout_p=dropout, seed=seed)
+    outputs = []
+    for member in members:
+        bias = None if member.bias is None else member.bias.to(x.dtype)
+        with workspaces.guard(x.device):
+            y = torch.nn.functional.linear(x, member.decoded(x.dtype), bias)
+        ids, rows_per_id = ids_of(member, modality_ids, x.shape[0])
+        expand_add(
+            y,
+            h[:, member.ranks],
+            member.lora_B.contiguous(),
+            member.gates.contiguous(),
+            ids,
+            member.scaling,
+            rows_per_sequence=rows_per_id,
+        )
+        outputs.append(y)
+    return outputs, h, torch.empty(0, dtype=torch.uint8, device=x.device)
+
+
+def backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    h: Tensor | None,
+    seed: Tensor | None,
+    members: Sequence[Member],
+    modality_ids: Tensor | None,
+    dropout: float,
+    *,
+    needs_x: bool,
+    needs_A: bool,
+    needs_B: bool,
+    needs_gates: bool,
+) -> Gradients:
+    """Gradients from all dy of the group: one pass over each dy, one over x."""
+    M = dys[0].shape[0]
+    needs_dh = needs_x or needs_A
+    dh = torch.empty(M, members[-1].ranks.stop, dtype=torch.float32, device=dys[0].device)
+    h = dh if h is None else h
+    dx: Tensor | None = None
+    gradients = Gradients(None, None, [], [])
+    for member, dy in zip(members, dys, strict=True):
+        if needs_x:
+            with workspaces.guard(dy.device):
+                weight = member.decoded(dy.dtype)
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        ids, rows_per_id = ids_of(member, modality_ids, M)
+        _, dB, dgates = dy_pass(
+            dy,
+            h[:, member.ranks],
+            member.lora_B.contiguous(),
+            member.gates.contiguous(),
+            ids,
+            member.scaling,
+            rows_per_sequence=rows_per_id,
+            needs_dh=needs_dh,
+            needs_dB=needs_B,
+            needs_gates=needs_gates,
+            dh_out=dh[:, member.ranks] if needs_dh else None,
+        )
+        gradients.dB.append(dB)
+        gradients.dgates.append(dgates)
+    gradients.dx = dx
+    if needs_dh:
+        gradients.dA = dx_pass(x, dh, stacked_A(members), dx, dropout_p=dropout, seed=seed, needs_dA=needs_A)
+    return gradients
