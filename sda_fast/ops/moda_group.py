@@ -252,7 +252,9 @@ def any_requires_grad(tensors: list[Tensor]) -> bool:
 
 def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor]) -> None:
     """Save what the wanted gradients need: x for dA, W for dx, h for dB and dgates, a seed or packed bits for dropout."""
-    x, weights, statistics, layouts, biases, lora_A, lora_B, gates, modality_ids, scalings, dropout, seed, backend = inputs
+    x, weights, statistics, layouts, biases, lora_A, lora_B, gates, modality_ids, scalings, dropout, seed, backend = (
+        inputs
+    )
     y, h, bits = output
     ctx.mark_non_differentiable(h, bits)
     ctx.set_materialize_grads(False)

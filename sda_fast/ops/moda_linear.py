@@ -189,4 +189,6 @@ def check_gates(x: Tensor, ids: Tensor | None, gates: Tensor) -> None:
     """Without ids there must be one line of gates for all rows, or one per row."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if ids is None and gates.shape[0] not in (1, rows):
-        raise ValueError(f"without modality_ids gates must have 1 or {rows} lines (one per row of x), got {gates.shape[0]}")
+        raise ValueError(
+            f"without modality_ids gates must have 1 or {rows} lines (one per row of x), got {gates.shape[0]}"
+        )

@@ -1,0 +1,169 @@
+"""MoDALinear: a frozen linear layer, float or 4-bit, with a mixture of low-rank experts chosen by modality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sda_fast.moda.config import check_sizes
+from sda_fast.moda.context import current_modality
+from sda_fast.moda.shared import SharedInput
+from sda_fast.ops.moda_linear import moda_linear_group
+from sda_fast.ops.quantized import is_4bit, layer_kind, state_of
+
+ADAPTER_PARAMETERS = ("lora_A", "lora_B", "gate_embedding", "gate_proj")
+INITIAL_STD_OF_A = 0.01
+DEFAULT_NAMES = ("image", "text")
+
+
+class MoDALinear(nn.Module):
+    """y = x W^T + bias + scaling * sum over experts e of gate_e(modality) * B_e A_e dropout(x) (arXiv 2512.06883).
+
+    The gate is softmax(gate_proj gate_embedding[modality]). A starts as N(0, 0.01), read as a standard deviation of 0.01
+    (about what LoRA's usual uniform start has for 3584 inputs); B starts at zero, so that the layer starts as the frozen
+    one. gate_embedding starts as N(0, 1), gate_proj as U(-1, 1) / sqrt(gate_dim), the defaults of nn.Embedding and
+    nn.Linear.
+
+    Args:
+        base_layer: nn.Linear or bitsandbytes Linear4bit; its parameters are frozen here.
+        r: total rank R, shared out evenly over the experts.
+        num_experts: E, must divide r; 1 is plain LoRA.
+        num_modalities: how many modalities the gate knows.
+        lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+        lora_dropout: probability of dropping an element of x on its way to A, in training.
+        gate_dim: width of the modality embedding.
+        modality_names: names that `sda_fast.modality` may use; ("image", "text") for up to two modalities by default.
+        adapter_dtype: float32 or bfloat16 (float64 for tests); x is never upcast to it.
+        backend: "auto", "triton" or "torch", as in `moda_linear`.
+        generator: a CPU generator for the initial values.
+    Raises:
+        TypeError: base_layer is neither kind of layer.
+        ValueError: sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        *,
+        r: int = 8,
+        num_experts: int = 8,
+        num_modalities: int = 2,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        gate_dim: int = 64,
+        modality_names: Sequence[str] | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if layer_kind(base_layer) is None:
+            raise TypeError(
+                f"base_layer must be nn.Linear or bitsandbytes Linear4bit, got {type(base_layer).__module__}."
+                f"{type(base_layer).__name__}"
+            )
+        check_sizes(r, num_experts, num_modalities, lora_dropout)
+        if modality_names is None:
+            modality_names = DEFAULT_NAMES[:num_modalities]
+        base_layer.requires_grad_(False)
+        self.base_layer = base_layer
+        self.in_features: int = base_layer.in_features  # type: ignore[assignment]
+        self.out_features: int = base_layer.out_features  # type: ignore[assignment]
+        self.r = r
+        self.num_experts = num_experts
+        self.num_modalities = num_modalities
+        self.lora_dropout = lora_dropout
+        self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+        self.modality_names = tuple(modality_names)
+        self.backend = backend
+        self.shared_input: SharedInput | None = None
+        options = {"dtype": adapter_dtype, "device": base_layer.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **options))
+        self.gate_embedding = nn.Parameter(torch.empty(num_modalities, gate_dim, **options))
+        self.gate_proj = nn.Parameter(torch.empty(num_experts, gate_dim, **options))
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial values, on the CPU so that they are the same on every device."""
+        bound = 1 / math.sqrt(self.gate_proj.shape[1])
+        self.lora_A.copy_(torch.randn(self.lora_A.shape, generator=generator) * INITIAL_STD_OF_A)
+        self.lora_B.zero_()
+        self.gate_embedding.copy_(torch.randn(self.gate_embedding.shape, generator=generator))
+        self.gate_proj.copy_(torch.rand(self.gate_proj.shape, generator=generator) * (2 * bound) - bound)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, as the layer's users know it."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def gates(self) -> Tensor:
+        """The mixture of every modality: [num_modalities, E], rows sum to one; float32 or wider."""
+        dtype = torch.promote_types(self.gate_proj.dtype, torch.float32)
+        # Not a matrix product, which autocast would round to 16 bits.
+        logits = (self.gate_embedding.to(dtype)[:, None, :] * self.gate_proj.to(dtype)).sum(-1)
+        return torch.softmax(logits, dim=-1)
+
+    def forward(self, x: Tensor, modality_ids: Tensor | Sequence[int] | int | None = None) -> Tensor:
+        """The adapted layer.
+
+        Args:
+            x: [..., in_features].
+            modality_ids: one id, one per sequence or one per token; the ids of the surrounding `modality` block if absent.
+        Returns:
+            [..., out_features] in x's dtype (autocast's dtype under autocast).
+        Raises:
+            NoModalityError: no ids were given and no modality is set.
+        """
+        if modality_ids is None:
+            active = current_modality()
+            if self.shared_input is not None:
+                y = self.shared_input.take(self, x, active)
+                if y is not None:
+                    return y
+            modality_ids = active.resolve(self.modality_names, x.device)
+        return self.apply_group([self], x, modality_ids)[0]
+
+    @staticmethod
+    def apply_group(
+        layers: Sequence[MoDALinear], x: Tensor, modality_ids: Tensor | Sequence[int] | int
+    ) -> list[Tensor]:
+        """The outputs of layers that share x, dropout, backend and modality names, from one operation."""
+        first = layers[0]
+        return moda_linear_group(
+            x,
+            [frozen_weight(layer) for layer in layers],
+            [layer.lora_A for layer in layers],
+            [layer.lora_B for layer in layers],
+            [layer.gates() for layer in layers],
+            modality_ids,
+            scalings=[layer.scaling for layer in layers],
+            biases=[layer.bias for layer in layers],
+            dropout=first.lora_dropout if first.training else 0.0,
+            backend=first.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"r={self.r}, num_experts={self.num_experts}, num_modalities={self.num_modalities}, "
+            f"scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, backend={self.backend}"
+        )
+
+
+def frozen_weight(layer: MoDALinear) -> Tensor:
+    """The layer's weight; a 4-bit one that lost its quantisation state on the way finds it again in its layer."""
+    weight = layer.weight
+    if is_4bit(weight) and getattr(weight, "quant_state", None) is None:
+        weight.quant_state = getattr(layer.base_layer, "quant_state", None)  # type: ignore[attr-defined]
+        state_of(weight)
+    return weight

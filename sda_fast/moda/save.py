@@ -1,0 +1,168 @@
+"""An adapter on disk: adapter_config.json and adapter_model.safetensors in one folder, each replaced as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sda_fast.moda.config import MoDAConfig
+from sda_fast.moda.inject import adapt_model, named_moda_layers, named_moda_parameters
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+FORMAT, FORMAT_VERSION = "sda-fast MoDA adapter", 1
+
+
+class AdapterMismatchError(ValueError):
+    """An adapter on disk does not belong to the model it is loaded into."""
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model_name: str | None = None) -> None:
+    """Write a model's adapter and nothing else of it. A crash leaves the files as they were before.
+
+    Args:
+        model: adapted by `adapt_model`.
+        folder: made if absent.
+        base_model_name: kept in the configuration, for whoever loads the adapter.
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    from safetensors.torch import save_file
+
+    config = config_of(model)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.detach().contiguous() for name, parameter in named_moda_parameters(model)}
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_model_name": base_model_name,
+        "moda": config.as_dict(),
+        "adapted_layers": [name for name, _ in named_moda_layers(model)],
+    }
+    text = json.dumps(description, indent=2) + "\n"
+    replace_file(target / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace_file(target / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def replace_file(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside the target, flush it to the disk, and rename it over the target."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def config_of(model: nn.Module) -> MoDAConfig:
+    """The configuration that the model was adapted by."""
+    config = getattr(model, "moda_config", None)
+    if not isinstance(config, MoDAConfig):
+        raise ValueError(f"{type(model).__name__} is not adapted; call adapt_model first")
+    return config
+
+
+def read_adapter_config(folder: str | os.PathLike[str]) -> tuple[MoDAConfig, dict[str, Any]]:
+    """The configuration of an adapter on disk, and the whole description it stands in.
+
+    Raises:
+        FileNotFoundError: there is no adapter in the folder.
+        AdapterMismatchError: the file is not ours, or of a later version.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise AdapterMismatchError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise AdapterMismatchError(f"{path} is not an adapter written by save_adapter")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise AdapterMismatchError(
+            f"{path} has format_version {description.get('format_version')!r}, this library reads {FORMAT_VERSION}"
+        )
+    return MoDAConfig.from_dict(description["moda"]), description
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> MoDAConfig:
+    """Load an adapter into a model, adapting it first if it is not adapted yet.
+
+    Everything is checked before anything of an adapted model is changed.
+
+    Args:
+        model: the base model, or one adapted with the same configuration.
+        folder: written by `save_adapter`.
+    Returns:
+        The adapter's configuration.
+    Raises:
+        FileNotFoundError: a file is missing.
+        AdapterMismatchError: configuration, names or shapes do not fit; the message says which.
+    """
+    from safetensors.torch import load_file
+
+    config, description = read_adapter_config(folder)
+    tensors = load_file(Path(folder) / WEIGHTS_FILE)
+    if getattr(model, "moda_config", None) is None:
+        check_layers_exist(model, description["adapted_layers"])
+        adapt_model(model, config)
+    else:
+        check_same_config(config_of(model), config)
+    parameters = dict(named_moda_parameters(model))
+    check_tensors(parameters, tensors, Path(folder) / WEIGHTS_FILE)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return config
+
+
+def check_layers_exist(model: nn.Module, names: list[str]) -> None:
+    """The adapted layers must be there before a fresh model is touched."""
+    present = {name for name, _ in model.named_modules()}
+    absent = [name for name in names if name not in present]
+    if absent:
+        raise AdapterMismatchError(
+            f"{type(model).__name__} lacks {len(absent)} of the adapter's {len(names)} layers: {some(absent)}"
+        )
+
+
+def check_same_config(of_model: MoDAConfig, of_adapter: MoDAConfig) -> None:
+    """An adapted model must have been adapted like the one that was saved; dropout and seed may differ."""
+    ours, theirs = of_model.as_dict(), of_adapter.as_dict()
+    different = [
+        f"{name} is {ours[name]!r} in the model and {theirs[name]!r} in the adapter"
+        for name in ours
+        if name not in ("seed", "lora_dropout") and ours[name] != theirs[name]
+    ]
+    if different:
+        raise AdapterMismatchError("; ".join(different))
+
+
+def check_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], path: Path) -> None:
+    """Names and shapes on disk must be those of the model."""
+    missing = [name for name in parameters if name not in tensors]
+    unexpected = [name for name in tensors if name not in parameters]
+    misshapen = [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in tensors and tensors[name].shape != parameter.shape
+    ]
+    faults = [
+        f"{label}: {some(names)}"
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        if names
+    ]
+    if faults:
+        raise AdapterMismatchError(f"{path} does not fit the model; " + "; ".join(faults))
+
+
+def some(names: list[str], shown: int = 8) -> str:
+    """The first few names and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
