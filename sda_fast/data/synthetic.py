@@ -36,6 +36,12 @@ class SyntheticPaths:
     interactions: Path
     truth: Path
 
+    @classmethod
+    def in_folder(cls, folder: str | Path) -> SyntheticPaths:
+        """The paths that `generate_catalogue(folder)` writes to."""
+        folder = Path(folder)
+        return cls(folder / "items.jsonl", folder / "images", folder / "interactions.tsv", folder / "truth.safetensors")
+
 
 def generate_catalogue(
     folder: str | Path,
@@ -64,9 +70,7 @@ def generate_catalogue(
     """
     folder = Path(folder)
     truth = simulate(num_items, num_users, seed, model)
-    paths = SyntheticPaths(
-        folder / "items.jsonl", folder / "images", folder / "interactions.tsv", folder / "truth.safetensors"
-    )
+    paths = SyntheticPaths.in_folder(folder)
     items = []
     for position in range(num_items):
         item_id = f"I{position:05d}"

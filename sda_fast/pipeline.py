@@ -1,0 +1,210 @@
+"""The whole way in one call: a catalogue and its interactions in, item vectors and a recommendation table out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sda_fast.data.atomic import write_json_atomic
+from sda_fast.data.items import read_items
+from sda_fast.embed import EmbedConfig, embed
+from sda_fast.lvlm.tiny import build_tiny_lvlm
+from sda_fast.recommend import RecommendConfig, recommend
+from sda_fast.report import ReportConfig, write_report
+from sda_fast.train import FinetuneConfig, finetune
+
+logger = logging.getLogger(__name__)
+
+ZERO_SHOT = "zero-shot"
+METHODS: Mapping[str, Mapping[str, Any] | None] = {
+    ZERO_SHOT: None,
+    "LoRA + InfoNCE": {"adapter": "lora", "loss": "infonce"},
+    "LoRA + CMSA": {"adapter": "lora", "loss": "cmsa"},
+    "MoDA + InfoNCE": {"adapter": "moda", "loss": "infonce"},
+    "SDA": {"adapter": "moda", "loss": "cmsa"},
+}
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """One run of all jobs over one catalogue.
+
+    Raises:
+        ValueError: a method is unknown.
+    """
+
+    items: Path = field(metadata={"help": "catalogue: JSON lines, .jsonl or .jsonl.gz"})
+    interactions: Path = field(metadata={"help": "table with user, item and timestamp (.tsv or .csv, also .gz)"})
+    output: Path = field(metadata={"help": "folder for everything the run makes; a second start continues there"})
+    images: Path | None = _setting(None, "folder that image paths start from; default: the catalogue's")
+    name: str = _setting("", "name of the data set in the report")
+    synthetic: bool = _setting(False, "the data are generated; the report says so")
+    truth: Path | None = _setting(None, "table of the true factors of a generated catalogue, shown as 'oracle'")
+    model: str | None = _setting(
+        None, "model folder or hub name; default: a small Qwen2.5-VL built and pre-trained on this catalogue"
+    )
+    pretrain_steps: int = _setting(300, "captioning steps of the small model, where it is built")
+    quantization: Literal["nf4", "none"] = _setting("nf4", "how the language model's frozen weights are held")
+    methods: tuple[str, ...] = _setting(
+        (ZERO_SHOT, "LoRA + InfoNCE", "SDA"), f"ways to item vectors, among: {'; '.join(METHODS)}"
+    )
+    steps: int = _setting(4000, "fine-tuning steps of each method")
+    batch_size: int = _setting(32, "items per fine-tuning step")
+    learning_rate: float = _setting(2e-4, "of fine-tuning")
+    max_pixels: int = _setting(256 * 256, "larger images are reduced to this area")
+    gradient_checkpointing: bool = _setting(True, "recompute activations in backward; saves memory, costs a forward")
+    pca_dim: int = _setting(768, "components kept per modality")
+    recommenders: tuple[str, ...] = _setting(
+        ("sasrec", "bert4rec", "gru4rec", "vbpr"), "which of sasrec, bert4rec, gru4rec, vbpr to train"
+    )
+    recommend_epochs: int = _setting(60, "most epochs of a sequence model")
+    adapter_hidden: int = _setting(768, "hidden width of the recommenders' adapter over the item vectors")
+    seeds: tuple[int, ...] = _setting((0, 1, 2), "one run of every recommender per seed")
+    seed: int = _setting(0, "of the small model, fine-tuning and noise images")
+    device: str | None = _setting(None, "cpu, cuda or cuda:1; default: a GPU where there is one")
+    progress: bool = _setting(True, "show progress bars")
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"unknown method {method!r}, expected some of {', '.join(METHODS)}")
+
+
+def run_pipeline(config: PipelineConfig) -> Path:
+    """Build or take a model, fine-tune by every method, embed, recommend, report; returns the report's path.
+
+    Every job keeps what it has finished, so a run that was stopped continues where it was when it is started again.
+    Seconds per stage are added up in `timings.json`.
+
+    Raises:
+        ValueError: a setting does not fit; each job names what it expected.
+        sda_fast.data.errors.DataError: the inputs are faulty; file and line are named.
+    """
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    stages = StageClock(output / "timings.json")
+    model = config.model if config.model is not None else str(_small_model(config, output, stages))
+    logs: dict[str, Path] = {}
+    tables: dict[str, Path] = {}
+    for method in config.methods:
+        folder = output / method.replace(" + ", "-").lower()
+        adapter = None
+        if METHODS[method] is not None:
+            with stages.measure(f"fine-tune {method}"):
+                result = finetune(_finetune_config(config, model, method, folder))
+            adapter, logs[method] = result.adapter, result.log
+        with stages.measure(f"embed {method}"):
+            tables[method] = embed(_embed_config(config, model, adapter, folder / "vectors.safetensors"))
+    candidates = {**tables, **({"oracle": config.truth} if config.truth else {})}
+    with stages.measure("recommend"):
+        recommend(_recommend_config(config, candidates, output / "recommend"))
+    return write_report(
+        ReportConfig(
+            output=output / "report",
+            results=output / "recommend" / "results.json",
+            vectors=tables,
+            logs=logs,
+            items=config.items,
+            images=config.images,
+            timings=output / "timings.json",
+            title=config.name or Path(config.items).parent.name,
+            synthetic=config.synthetic,
+        )
+    )
+
+
+def _small_model(config: PipelineConfig, output: Path, stages: StageClock) -> Path:
+    folder = output / "model"
+    if not (folder / "config.json").is_file():
+        with stages.measure("build and pre-train the small model"):
+            build_tiny_lvlm(
+                read_items(config.items, config.images), folder, seed=config.seed, pretrain_steps=config.pretrain_steps
+            )
+    return folder
+
+
+def _finetune_config(config: PipelineConfig, model: str, method: str, folder: Path) -> FinetuneConfig:
+    return FinetuneConfig(
+        model=model,
+        items=config.items,
+        images=config.images,
+        output=folder,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        max_pixels=config.max_pixels,
+        gradient_checkpointing=config.gradient_checkpointing,
+        quantization=config.quantization,
+        seed=config.seed,
+        device=config.device,
+        progress=config.progress,
+        **(METHODS[method] or {}),
+    )
+
+
+def _embed_config(config: PipelineConfig, model: str, adapter: Path | None, table: Path) -> EmbedConfig:
+    return EmbedConfig(
+        model=model,
+        items=config.items,
+        images=config.images,
+        output=table,
+        adapter=adapter,
+        pca_dim=config.pca_dim,
+        quantization=config.quantization,
+        max_pixels=config.max_pixels,
+        seed=config.seed,
+        device=config.device,
+        progress=config.progress,
+    )
+
+
+def _recommend_config(config: PipelineConfig, tables: dict[str, Path], folder: Path) -> RecommendConfig:
+    return RecommendConfig(
+        interactions=config.interactions,
+        items=config.items,
+        output=folder,
+        vectors=tables,
+        recommenders=config.recommenders,
+        seeds=config.seeds,
+        epochs=config.recommend_epochs,
+        adapter_hidden=config.adapter_hidden,
+        device="auto" if config.device is None else config.device.split(":")[0],
+        progress=config.progress,
+        dataset_name=config.name,
+    )
+
+
+class StageClock:
+    """Seconds per stage, added up over interrupted runs and kept in one JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def measure(self, stage: str) -> _Stage:
+        """A context manager that logs the stage and adds its duration."""
+        return _Stage(self, stage)
+
+
+class _Stage:
+    def __init__(self, clock: StageClock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        logger.info("%s ...", self.name)
+        self.started = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        seconds = time.monotonic() - self.started
+        self.clock.seconds[self.name] = round(self.clock.seconds.get(self.name, 0.0) + seconds, 1)
+        write_json_atomic(self.clock.path, self.clock.seconds)
+        logger.info("%s: %.0f s", self.name, seconds)
