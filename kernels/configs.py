@@ -26,21 +26,26 @@ class LaunchConfig:
 
 def padded_rank(rank: int) -> int:
     """The rank as kernels see it: the next power of two, at least 16, which is what a contraction needs."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, triton.next_power_of_2(max(rank, 1)))
+
+
+def rank_block(dtype: torch.dtype, rank: int) -> int:
+    """How many ranks an expanding kernel multiplies at once: more would not fit its registers."""
+    return min(padded_rank(rank), 64 if dtype.itemsize == 2 else 32)
 
 
 # (kernel, bytes per element of the activations, padded rank)
 CONFIGS: dict[tuple[str, int, int], LaunchConfig] = {
     ("project", 2, 16): LaunchConfig(64, 128, 4, 4),
-    ("project", 2, 32): LaunchConfig(64, 128, 4, 4),
-    ("project", 2, 64): LaunchConfig(64, 128, 4, 3),
+    ("project", 2, 32): LaunchConfig(64, 64, 4, 4),
+    ("project", 2, 64): LaunchConfig(64, 64, 4, 3),
     ("project", 2, 128): LaunchConfig(64, 64, 4, 3),
-    ("project", 2, 256): LaunchConfig(64, 64, 8, 3),
+    ("project", 2, 256): LaunchConfig(64, 32, 8, 3),
     ("project", 4, 16): LaunchConfig(64, 64, 4, 3),
     ("project", 4, 32): LaunchConfig(64, 64, 4, 3),
     ("project", 4, 64): LaunchConfig(64, 32, 4, 3),
     ("project", 4, 128): LaunchConfig(64, 32, 8, 3),
-    ("project", 4, 256): LaunchConfig(64, 32, 8, 2),
+    ("project", 4, 256): LaunchConfig(32, 32, 8, 2),
     ("expand_add", 2, 16): LaunchConfig(64, 128, 4, 1),
     ("expand_add", 2, 32): LaunchConfig(64, 128, 4, 1),
     ("expand_add", 2, 64): LaunchConfig(64, 128, 4, 1),
@@ -48,28 +53,28 @@ CONFIGS: dict[tuple[str, int, int], LaunchConfig] = {
     ("expand_add", 2, 256): LaunchConfig(64, 128, 8, 1),
     ("expand_add", 4, 16): LaunchConfig(64, 64, 4, 1),
     ("expand_add", 4, 32): LaunchConfig(64, 64, 4, 1),
-    ("expand_add", 4, 64): LaunchConfig(64, 64, 8, 1),
-    ("expand_add", 4, 128): LaunchConfig(32, 64, 8, 1),
-    ("expand_add", 4, 256): LaunchConfig(32, 32, 8, 1),
+    ("expand_add", 4, 64): LaunchConfig(64, 64, 4, 1),
+    ("expand_add", 4, 128): LaunchConfig(64, 64, 4, 1),
+    ("expand_add", 4, 256): LaunchConfig(64, 64, 4, 1),
     ("dy_pass", 2, 16): LaunchConfig(32, 256, 8, 3),
     ("dy_pass", 2, 32): LaunchConfig(32, 256, 8, 3),
     ("dy_pass", 2, 64): LaunchConfig(32, 128, 8, 3),
     ("dy_pass", 2, 128): LaunchConfig(32, 128, 8, 3),
     ("dy_pass", 2, 256): LaunchConfig(32, 64, 8, 3),
     ("dy_pass", 4, 16): LaunchConfig(32, 128, 8, 2),
-    ("dy_pass", 4, 32): LaunchConfig(32, 128, 8, 2),
+    ("dy_pass", 4, 32): LaunchConfig(32, 64, 8, 2),
     ("dy_pass", 4, 64): LaunchConfig(32, 64, 8, 2),
     ("dy_pass", 4, 128): LaunchConfig(32, 64, 8, 2),
     ("dy_pass", 4, 256): LaunchConfig(16, 32, 8, 2),
     ("dx_pass", 2, 16): LaunchConfig(32, 128, 4, 3),
     ("dx_pass", 2, 32): LaunchConfig(32, 128, 4, 3),
-    ("dx_pass", 2, 64): LaunchConfig(32, 128, 8, 3),
-    ("dx_pass", 2, 128): LaunchConfig(32, 64, 8, 2),
+    ("dx_pass", 2, 64): LaunchConfig(32, 64, 4, 3),
+    ("dx_pass", 2, 128): LaunchConfig(32, 64, 8, 3),
     ("dx_pass", 2, 256): LaunchConfig(32, 64, 8, 2),
     ("dx_pass", 4, 16): LaunchConfig(32, 64, 4, 2),
     ("dx_pass", 4, 32): LaunchConfig(32, 64, 4, 2),
     ("dx_pass", 4, 64): LaunchConfig(32, 64, 8, 2),
-    ("dx_pass", 4, 128): LaunchConfig(16, 32, 8, 2),
+    ("dx_pass", 4, 128): LaunchConfig(32, 32, 8, 2),
     ("dx_pass", 4, 256): LaunchConfig(16, 32, 8, 2),
 }
 

@@ -26,6 +26,7 @@ def load_gated(
     modality_ids_ptr,
     rows,
     row_mask,
+    first_rank,
     R,
     stride_h_row,
     stride_gates_row,
@@ -35,8 +36,8 @@ def load_gated(
     GATE_PER_ROW: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """h * G for the given rows and all ranks, float32 [rows, BLOCK_R], zero outside the mask and beyond R."""
-    ranks = tl.arange(0, BLOCK_R)
+    """h * G for the given rows and BLOCK_R ranks, float32, zero outside the mask and beyond R."""
+    ranks = first_rank + tl.arange(0, BLOCK_R)
     mask = row_mask[:, None] & (ranks < R)[None, :]
     h = tl.load(h_ptr + rows.to(tl.int64)[:, None] * stride_h_row + ranks[None, :], mask=mask, other=0.0)
     which = gate_rows(modality_ids_ptr, rows, row_mask, rows_per_sequence, GATE_PER_ROW)

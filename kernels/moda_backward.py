@@ -13,10 +13,12 @@ import triton.language as tl
 
 from sda_fast.kernels.configs import LaunchConfig, config_for, padded_rank, programs_wanted
 from sda_fast.kernels.gating import gate_rows, load_gated
-from sda_fast.kernels.moda_forward import LARGEST_RANK_BLOCK, project_partials, with_unit_columns
+from sda_fast.kernels.moda_forward import LARGEST_RANK_BLOCK, launch_expand_add, project_partials, with_unit_columns
 from sda_fast.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
-LARGEST_FUSED_RANK = 32
+# Above these padded ranks a pass is two kernels.
+LARGEST_FUSED_DY_RANK = 32
+LARGEST_FUSED_DX_RANK = 64
 
 
 @triton.jit
@@ -76,6 +78,7 @@ def dy_kernel(
                 modality_ids_ptr,
                 rows,
                 row_mask,
+                0,
                 R,
                 stride_h_row,
                 stride_gates_row,
@@ -264,7 +267,7 @@ def dy_pass(
 
     config = config or config_for("dy_pass", dy.dtype, R)
     needs_dhg = needs_dh or needs_gates
-    fused = needs_dhg and padded_rank(R) <= LARGEST_FUSED_RANK
+    fused = needs_dhg and padded_rank(R) <= LARGEST_FUSED_DY_RANK
     blocks_of_columns = triton.cdiv(N, config.block_n)
     chunks, blocks_per_chunk = chunks_of_rows(M, config.block_m, blocks_of_columns, dy.device)
     dhg_parts = torch.empty(blocks_of_columns, M, R, **float32) if fused else None
@@ -395,6 +398,12 @@ def dx_pass(
         parts = [dx_pass(x, dh[:, part], lora_A[part], dx, **options) for part in slices]
         return torch.cat(parts) if needs_dA else None
 
+    if dx is not None and padded_rank(R) > LARGEST_FUSED_DX_RANK:
+        expand_config = config_for("expand_add", dx.dtype, R)
+        launch_expand_add(dx, dh, lora_A, None, None, 1.0, dropout_p=dropout_p, seed=seed, config=expand_config)
+        dx = None
+        if not needs_dA:
+            return None
     x = with_unit_columns(x) if needs_dA else None
     config = config or config_for("dx_pass", (x if dx is None else dx).dtype, R)
     blocks_of_columns = triton.cdiv(K, config.block_n)

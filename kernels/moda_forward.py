@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sda_fast.kernels.configs import LaunchConfig, config_for, padded_rank, programs_wanted
+from sda_fast.kernels.configs import LaunchConfig, config_for, padded_rank, programs_wanted, rank_block
 from sda_fast.kernels.gating import load_gated
 from sda_fast.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
@@ -74,55 +74,74 @@ def project_kernel(
 def expand_add_kernel(
     y_ptr,
     h_ptr,
-    lora_B_ptr,
+    weight_ptr,
     gates_ptr,
     modality_ids_ptr,
+    seed_ptr,
     M,
     N,
     R,
     stride_y_row,
     stride_h_row,
-    stride_B_row,
+    stride_weight_column,
+    stride_weight_rank,
     stride_gates_row,
     rows_per_sequence,
     rank_per_expert,
     scaling,
+    threshold,
+    keep_scale,
+    IS_GATED: tl.constexpr,
     GATE_PER_ROW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PADDED_R: tl.constexpr,
 ):
     # Programs that share rows follow each other, so that h and the gates stay in the cache.
     blocks_of_columns = tl.cdiv(N, BLOCK_N)
     rows = tl.program_id(0) // blocks_of_columns * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % blocks_of_columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks = tl.arange(0, BLOCK_R)
+    first_column = tl.program_id(0) % blocks_of_columns * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)
     row_mask = rows < M
     column_mask = columns < N
     mask = row_mask[:, None] & column_mask[None, :]
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y_row + columns[None, :]
     y = tl.load(y_ptrs, mask=mask, other=0.0)
-    lora_B = tl.load(
-        lora_B_ptr + columns.to(tl.int64)[None, :] * stride_B_row + ranks[:, None],
-        mask=column_mask[None, :] & (ranks < R)[:, None],
-        other=0.0,
-    )
-    gated = load_gated(
-        h_ptr,
-        gates_ptr,
-        modality_ids_ptr,
-        rows,
-        row_mask,
-        R,
-        stride_h_row,
-        stride_gates_row,
-        rows_per_sequence,
-        rank_per_expert,
-        scaling,
-        GATE_PER_ROW,
-        BLOCK_R,
-    )
-    update = tl.dot(gated.to(y.dtype), lora_B.to(y.dtype), input_precision="tf32x3")
+    update = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first_rank in range(0, PADDED_R, BLOCK_R):
+        ranks = first_rank + tl.arange(0, BLOCK_R)
+        rank_mask = ranks < R
+        weight = tl.load(
+            weight_ptr + columns.to(tl.int64)[None, :] * stride_weight_column + ranks[:, None] * stride_weight_rank,
+            mask=column_mask[None, :] & rank_mask[:, None],
+            other=0.0,
+        )
+        if IS_GATED:
+            h = load_gated(
+                h_ptr,
+                gates_ptr,
+                modality_ids_ptr,
+                rows,
+                row_mask,
+                first_rank,
+                R,
+                stride_h_row,
+                stride_gates_row,
+                rows_per_sequence,
+                rank_per_expert,
+                scaling,
+                GATE_PER_ROW,
+                BLOCK_R,
+            )
+        else:
+            h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_h_row + ranks[None, :]
+            h = tl.load(h_ptrs, mask=row_mask[:, None] & rank_mask[None, :], other=0.0)
+        update = tl.dot(h.to(y.dtype), weight.to(y.dtype), update, input_precision="tf32x3")
+    if HAS_DROPOUT:
+        keep = keep_tile(tl.load(seed_ptr), rows, first_column, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)
+        update = tl.where(keep, update * keep_scale, 0.0)
     tl.store(y_ptrs, (y.to(tl.float32) + update).to(y.dtype), mask=mask)
 
 
@@ -252,30 +271,62 @@ def expand_add(
     (M, N), R = y.shape, h.shape[1]
     if M == 0 or N == 0 or R == 0:
         return y
-    config = config or config_for("expand_add", y.dtype, R)
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    expand_add_kernel[grid](
+    launch_expand_add(
         y,
         h,
-        lora_B,
+        lora_B.t(),
         gates,
         modality_ids,
+        scaling,
+        rows_per_sequence=rows_per_sequence,
+        config=config or config_for("expand_add", y.dtype, R),
+    )
+    return y
+
+
+def launch_expand_add(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    gates: torch.Tensor | None,
+    modality_ids: torch.Tensor | None,
+    scaling: float,
+    *,
+    rows_per_sequence: int = 1,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    config: LaunchConfig,
+) -> None:
+    """y += mask / (1 - p) * (h * G) weight for weight [R, N] of any strides; gates None for no gate."""
+    (M, N), R = y.shape, h.shape[1]
+    expand_add_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
+        y,
+        h,
+        weight,
+        gates,
+        modality_ids,
+        seed,
         M,
         N,
         R,
         y.stride(0),
         h.stride(0),
-        lora_B.stride(0),
-        gates.stride(0),
+        weight.stride(1),
+        weight.stride(0),
+        0 if gates is None else gates.stride(0),
         rows_per_sequence,
-        R // gates.shape[1],
+        1 if gates is None else R // gates.shape[1],
         scaling,
+        dropout_threshold(dropout_p),
+        dropout_scale(dropout_p),
+        IS_GATED=gates is not None,
         GATE_PER_ROW=modality_ids is None,
+        HAS_DROPOUT=dropout_p > 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_R=padded_rank(R),
+        BLOCK_R=rank_block(y.dtype, R),
+        PADDED_R=padded_rank(R),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,
     )
-    return y

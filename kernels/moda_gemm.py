@@ -10,17 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from sda_fast.kernels.configs import LaunchConfig, padded_rank
+from sda_fast.kernels.configs import LaunchConfig, padded_rank, rank_block
 from sda_fast.kernels.gating import load_gated
 
 BLOCK_K = 64
-# Bytes per element of the activations -> configuration; ranks above 64 keep h * G out of the way of the pipeline.
-CONFIGS = {
-    (2, "low"): LaunchConfig(128, 128, 8, 3),
-    (2, "high"): LaunchConfig(64, 128, 8, 3),
-    (4, "low"): LaunchConfig(64, 64, 8, 2),
-    (4, "high"): LaunchConfig(32, 32, 8, 2),
-}
+# Bytes per element of the activations -> configuration
+CONFIGS = {2: LaunchConfig(128, 128, 8, 3), 4: LaunchConfig(64, 64, 8, 2)}
 
 
 @triton.jit
@@ -52,6 +47,7 @@ def gated_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PADDED_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     # Programs run in groups of GROUP_M blocks of rows, so that a group's part of x and W stays in the L2 cache.
@@ -63,33 +59,36 @@ def gated_linear_kernel(
     within = tl.program_id(0) % blocks_per_group
     rows = (first_row_block + within % rows_in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = within // rows_in_group * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks = tl.arange(0, BLOCK_R)
     row_mask = rows < M
     column_mask = columns < N
     columns_wide = columns.to(tl.int64)[None, :]
 
-    gated = load_gated(
-        h_ptr,
-        gates_ptr,
-        modality_ids_ptr,
-        rows,
-        row_mask,
-        R,
-        stride_h_row,
-        stride_gates_row,
-        rows_per_sequence,
-        rank_per_expert,
-        scaling,
-        GATE_PER_ROW,
-        BLOCK_R,
-    )
-    lora_B = tl.load(
-        lora_B_ptr + columns_wide * stride_B_row + ranks[:, None],
-        mask=column_mask[None, :] & (ranks < R)[:, None],
-        other=0.0,
-    )
     dtype = x_ptr.dtype.element_ty
-    accumulator = tl.dot(gated.to(dtype), lora_B.to(dtype), input_precision="tf32x3")
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first_rank in range(0, PADDED_R, BLOCK_R):
+        ranks = first_rank + tl.arange(0, BLOCK_R)
+        gated = load_gated(
+            h_ptr,
+            gates_ptr,
+            modality_ids_ptr,
+            rows,
+            row_mask,
+            first_rank,
+            R,
+            stride_h_row,
+            stride_gates_row,
+            rows_per_sequence,
+            rank_per_expert,
+            scaling,
+            GATE_PER_ROW,
+            BLOCK_R,
+        )
+        lora_B = tl.load(
+            lora_B_ptr + columns_wide * stride_B_row + ranks[:, None],
+            mask=column_mask[None, :] & (ranks < R)[:, None],
+            other=0.0,
+        )
+        accumulator = tl.dot(gated.to(dtype), lora_B.to(dtype), accumulator, input_precision="tf32x3")
 
     x_row_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x_row
     weight_row_ptrs = weight_ptr + columns_wide * stride_weight_row
@@ -103,11 +102,6 @@ def gated_linear_kernel(
         accumulator += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y_row + columns[None, :]
     tl.store(y_ptrs, accumulator.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
-
-
-def gated_linear_config(dtype: torch.dtype, rank: int) -> LaunchConfig:
-    """The frozen configuration for activations of `dtype` and an adapter of total rank `rank`."""
-    return CONFIGS[dtype.itemsize, "low" if padded_rank(rank) <= 64 else "high"]
 
 
 def gated_linear(
@@ -139,7 +133,7 @@ def gated_linear(
     y = torch.empty(M, N, dtype=x.dtype, device=x.device) if out is None else out
     if M == 0 or N == 0:
         return y
-    config = config or gated_linear_config(x.dtype, R)
+    config = config or CONFIGS[x.element_size()]
     gated_linear_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
         x,
         weight,
@@ -167,7 +161,8 @@ def gated_linear(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=BLOCK_K if x.element_size() == 2 else BLOCK_K // 2,
-        BLOCK_R=padded_rank(R),
+        BLOCK_R=rank_block(x.dtype, R),
+        PADDED_R=padded_rank(R),
         GROUP_M=8,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sda_fast.kernels import moda_backward, moda_forward, moda_gemm
-from sda_fast.kernels.configs import config_for, padded_rank
+from sda_fast.kernels.configs import config_for, padded_rank, rank_block
 from sda_fast.kernels.gate import KernelVariant
 
 M, K, N = 8192, 3584, 3584
@@ -90,32 +90,47 @@ def project_dy(type_name: str, rank: int) -> KernelVariant:
             "name": f"dhg {type_name} R={rank}",
             "signature": signature,
             "constexprs": constexprs,
-            "aligned": (*ALIGNED, "stride_weight_column"),
         }
     )
 
 
 def expand_add(type_name: str, rank: int, per_row: bool) -> KernelVariant:
+    return _expand(f"expand_add {type_name} R={rank}" + " row gates" * per_row, type_name, rank, per_row, is_gated=True)
+
+
+def expand_dx(type_name: str, rank: int) -> KernelVariant:
+    return _expand(f"dx only {type_name} R={rank} dropout", type_name, rank, per_row=True, is_gated=False)
+
+
+def _expand(name: str, type_name: str, rank: int, per_row: bool, is_gated: bool) -> KernelVariant:
     config = config_for("expand_add", TYPES[type_name], rank)
     ids_signature, ids_constexprs = _ids(per_row)
     size = TYPES[type_name].itemsize
     moved = 2 * M * N * size + M * rank * 4 + N * rank * 4
+    unit, strided = ("rank", "column") if is_gated else ("column", "rank")
+    integers = ("M", "N", "stride_y_row", f"stride_weight_{strided}", "threshold")
     return KernelVariant(
-        name=f"expand_add {type_name} R={rank}" + " row gates" * per_row,
+        name=name,
         kernel=moda_forward.expand_add_kernel,
         signature={
             **GATE_SIGNATURE,
             **ids_signature,
             "y_ptr": f"*{type_name}",
-            "lora_B_ptr": "*fp32",
-            **dict.fromkeys(("M", "N", "stride_y_row", "stride_B_row"), "i32"),
+            "weight_ptr": "*fp32",
+            "seed_ptr": "*i64",
+            "keep_scale": "fp32",
+            **dict.fromkeys(integers, "i32"),
         },
         constexprs={
             **ids_constexprs,
+            f"stride_weight_{unit}": 1,
+            "IS_GATED": is_gated,
             "GATE_PER_ROW": per_row,
+            "HAS_DROPOUT": not is_gated,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "BLOCK_R": padded_rank(rank),
+            "BLOCK_R": rank_block(TYPES[type_name], rank),
+            "PADDED_R": padded_rank(rank),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -128,8 +143,8 @@ def expand_add(type_name: str, rank: int, per_row: bool) -> KernelVariant:
 
 
 def gated_linear(type_name: str, rank: int) -> KernelVariant:
-    config = moda_gemm.gated_linear_config(TYPES[type_name], rank)
     size = TYPES[type_name].itemsize
+    config = moda_gemm.CONFIGS[size]
     block_k = moda_gemm.BLOCK_K if size == 2 else moda_gemm.BLOCK_K // 2
     floor = (M * K + N * K + M * N) * size + M * rank * 4
     integers = ("M", "N", "K", "stride_x_row", "stride_weight_row", "stride_B_row", "stride_y_row")
@@ -152,7 +167,8 @@ def gated_linear(type_name: str, rank: int) -> KernelVariant:
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": block_k,
-            "BLOCK_R": padded_rank(rank),
+            "BLOCK_R": rank_block(TYPES[type_name], rank),
+            "PADDED_R": padded_rank(rank),
             "GROUP_M": 8,
         },
         num_warps=config.num_warps,
@@ -167,7 +183,7 @@ def gated_linear(type_name: str, rank: int) -> KernelVariant:
 
 def dy_pass(type_name: str, rank: int, per_row: bool) -> KernelVariant:
     config = config_for("dy_pass", TYPES[type_name], rank)
-    fused = padded_rank(rank) <= moda_backward.LARGEST_FUSED_RANK
+    fused = padded_rank(rank) <= moda_backward.LARGEST_FUSED_DY_RANK
     ids_signature, ids_constexprs = _ids(per_row)
     size = TYPES[type_name].itemsize
     blocks_of_columns = -(-N // config.block_n)
@@ -247,11 +263,12 @@ def dx_pass(type_name: str, rank: int, dropout: bool) -> KernelVariant:
     config = config_for("dx_pass", TYPES[type_name], rank)
     size = TYPES[type_name].itemsize
     chunks = _chunks(config.block_m, -(-K // config.block_n))
-    floor = 3 * M * K * size + M * rank * 4 + 2 * rank * K * 4
+    fused = padded_rank(rank) <= moda_backward.LARGEST_FUSED_DX_RANK
+    floor = (3 if fused else 1) * M * K * size + M * rank * 4 + 2 * rank * K * 4
     integers = ["M", "K", "R", "stride_x_row", "stride_dh_row", "stride_A_row", "stride_dx_row"]
     integers += ["blocks_per_chunk", "threshold"]
     return KernelVariant(
-        name=f"dx_pass {type_name} R={rank}" + " dropout" * dropout,
+        name=f"dx_pass {type_name} R={rank}" + ("" if fused else " dA only") + " dropout" * dropout,
         kernel=moda_backward.dx_kernel,
         signature={
             "x_ptr": f"*{type_name}",
@@ -266,7 +283,7 @@ def dx_pass(type_name: str, rank: int, dropout: bool) -> KernelVariant:
         constexprs={
             "HAS_DROPOUT": dropout,
             "NEEDS_DA": True,
-            "NEEDS_DX": True,
+            "NEEDS_DX": fused,
             "BLOCK_M": config.block_m,
             "BLOCK_K": config.block_n,
             "BLOCK_R": padded_rank(rank),
@@ -276,24 +293,26 @@ def dx_pass(type_name: str, rank: int, dropout: bool) -> KernelVariant:
         problem=f"M={M} K={K} R={rank}",
         bytes_moved=floor + 2 * (chunks - 1) * rank * K * 4,
         bytes_floor=floor,
-        flops=4 * M * K * rank,
+        flops=(4 if fused else 2) * M * K * rank,
         aligned=ALIGNED,
     )
 
 
-RANKS = (16, 32, 64, 128, 256)
-
 VARIANTS = (
-    *(project("bf16", rank, dropout) for rank in RANKS for dropout in (False, True)),
+    *(project("bf16", rank, dropout) for rank in (16, 64, 256) for dropout in (False, True)),
+    *(project("bf16", rank, True) for rank in (32, 128)),
     *(project_dy("bf16", rank) for rank in (64, 256)),
-    *(expand_add("bf16", rank, per_row=False) for rank in RANKS),
+    *(expand_add("bf16", rank, per_row=False) for rank in (16, 32, 64, 128, 256)),
     expand_add("bf16", 16, per_row=True),
-    *(gated_linear("bf16", rank) for rank in (16, 64, 256)),
-    *(dy_pass("bf16", rank, per_row=False) for rank in RANKS),
+    *(gated_linear("bf16", rank) for rank in (16, 256)),
+    *(dy_pass("bf16", rank, per_row=False) for rank in (16, 32, 64, 128, 256)),
     dy_pass("bf16", 16, per_row=True),
     *(gate_gradient(rank, per_row) for rank in (16, 256) for per_row in (False, True)),
-    *(dx_pass("bf16", rank, dropout) for rank in RANKS for dropout in (False, True)),
-    *(make("fp32", rank, True) for make in (project, expand_add, dx_pass, dy_pass) for rank in RANKS),
-    *(gated_linear("fp32", rank) for rank in (16, 256)),
+    *(dx_pass("bf16", rank, True) for rank in (16, 32, 64, 128, 256)),
+    dx_pass("bf16", 16, False),
+    *(expand_dx("bf16", rank) for rank in (128, 256)),
+    *(make("fp32", rank, True) for make in (project, expand_add, dx_pass, dy_pass) for rank in (16, 32, 64, 128, 256)),
+    expand_dx("fp32", 256),
+    gated_linear("fp32", 16),
     *(make("fp16", 16, True) for make in (project, expand_add, dx_pass, dy_pass)),
 )

@@ -1,0 +1,480 @@
+"""bitsandbytes 4-bit weights in kernels: decoding, decoding with a MoDA update folded in, and small products.
+
+Layout: codes row-major over the flattened [N, K] matrix, two to a byte, the high nibble first; a block of `blocksize`
+elements of the flattened matrix shares one scale, so blocks may straddle rows and the last may be partial. Scales are
+float32, or 8-bit codes: absmax = nested_code[code8] * nested_absmax[block // nested_blocksize] + offset. Statistics come
+as a list: [absmax, code], or [absmax codes, code, nested absmax, nested code, offset].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from sda_fast.kernels.configs import padded_rank, programs_wanted, rank_block
+from sda_fast.kernels.gating import load_gated
+
+# How a tile of the weight lies on blocks and bytes.
+ALIGNED, EVEN, ODD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LARGEST_SMALL_M = 64
+
+
+@triton.jit
+def block_scale(
+    absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, mask, NESTED_BLOCKSIZE: tl.constexpr
+):
+    """The float32 scales of the blocks with the given numbers."""
+    if NESTED_BLOCKSIZE == 0:
+        return tl.load(absmax_ptr + blocks, mask=mask, other=0.0).to(tl.float32)
+    else:
+        code = tl.load(absmax_ptr + blocks, mask=mask, other=0).to(tl.int32)
+        outer = tl.load(nested_absmax_ptr + blocks // NESTED_BLOCKSIZE, mask=mask, other=0.0).to(tl.float32)
+        inner = tl.load(nested_code_ptr + code, mask=mask, other=0.0).to(tl.float32)
+        return inner * outer + tl.load(offset_ptr).to(tl.float32)
+
+
+@triton.jit
+def decode_tile(
+    data_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    rows,
+    first_column,
+    N,
+    K,
+    elements,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    PLACEMENT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows `rows`, columns first_column ... + BLOCK_K - 1 of the weight, float32, anything outside the matrix."""
+    row_start = rows.to(tl.int64)[:, None] * K + first_column
+    if PLACEMENT == ODD:
+        inner = tl.arange(0, BLOCK_K)[None, :]
+        index = row_start + inner
+        mask = (rows < N)[:, None] & (first_column + inner < K) & (index < elements)
+        byte = tl.load(data_ptr + index // 2, mask=mask, other=0).to(tl.int32)
+        value = tl.load(code_ptr + ((byte >> (4 - 4 * (index % 2)).to(tl.int32)) & 15))
+        scale = block_scale(
+            absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, index // BLOCKSIZE, mask, NESTED_BLOCKSIZE
+        )
+        return value * scale
+    else:
+        pair = 2 * tl.arange(0, BLOCK_K // 2)[None, :]
+        index = row_start + pair
+        mask = (rows < N)[:, None] & (first_column + pair < K) & (index < elements)
+        byte = tl.load(data_ptr + row_start // 2 + pair // 2, mask=mask, other=0).to(tl.int32)
+        even, odd = tl.load(code_ptr + (byte >> 4)), tl.load(code_ptr + (byte & 15))
+        if PLACEMENT == EVEN:
+            scale = block_scale(
+                absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, index // BLOCKSIZE, mask, NESTED_BLOCKSIZE
+            )
+            return tl.reshape(tl.join(even * scale, odd * scale), (BLOCK_N, BLOCK_K))
+        else:
+            BLOCKS: tl.constexpr = BLOCK_K // BLOCKSIZE if BLOCK_K > BLOCKSIZE else 1
+            start = tl.arange(0, BLOCKS)[None, :] * BLOCKSIZE
+            mask = (rows < N)[:, None] & (first_column + start < K) & (row_start + start < elements)
+            blocks = (row_start + start) // BLOCKSIZE
+            scale = block_scale(
+                absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, mask, NESTED_BLOCKSIZE
+            )
+            values = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCKS, BLOCK_K // BLOCKS))
+            return tl.reshape(values * scale[:, :, None], (BLOCK_N, BLOCK_K))
+
+
+@triton.jit
+def decode_kernel(
+    data_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    weight_ptr,
+    lora_A_ptr,
+    lora_B_ptr,
+    gates_ptr,
+    N,
+    K,
+    R,
+    elements,
+    stride_A_row,
+    stride_B_row,
+    rank_per_expert,
+    scaling,
+    HAS_FOLD: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    PLACEMENT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    blocks_of_columns = tl.cdiv(K, BLOCK_K)
+    rows = tl.program_id(0) // blocks_of_columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = tl.program_id(0) % blocks_of_columns * BLOCK_K
+    columns = first_column + tl.arange(0, BLOCK_K)
+    weight = decode_tile(
+        data_ptr,
+        absmax_ptr,
+        code_ptr,
+        nested_absmax_ptr,
+        nested_code_ptr,
+        offset_ptr,
+        rows,
+        first_column,
+        N,
+        K,
+        elements,
+        BLOCKSIZE,
+        NESTED_BLOCKSIZE,
+        PLACEMENT,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    index = rows.to(tl.int64)[:, None] * K + columns[None, :]
+    mask = (rows < N)[:, None] & (columns < K)[None, :] & (index < elements)
+    if HAS_FOLD:
+        ranks = tl.arange(0, BLOCK_R)
+        rank_mask = ranks < R
+        gates = tl.load(gates_ptr + ranks // rank_per_expert, mask=rank_mask, other=0.0).to(tl.float32) * scaling
+        lora_B = tl.load(
+            lora_B_ptr + rows.to(tl.int64)[:, None] * stride_B_row + ranks[None, :],
+            mask=(rows < N)[:, None] & rank_mask[None, :],
+            other=0.0,
+        )
+        lora_A = tl.load(
+            lora_A_ptr + ranks.to(tl.int64)[:, None] * stride_A_row + columns[None, :],
+            mask=rank_mask[:, None] & (columns < K)[None, :],
+            other=0.0,
+        )
+        gated = lora_B.to(tl.float32) * gates[None, :]
+        weight += tl.dot(gated, lora_A.to(tl.float32), input_precision="tf32x3")
+    tl.store(weight_ptr + index, weight.to(weight_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def small_product_kernel(
+    x_ptr,
+    data_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    parts_ptr,
+    M,
+    N,
+    K,
+    elements,
+    stride_x_row,
+    blocks_per_split,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    PLACEMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One part of x W^T: the sum over this program's share of K, float32 [splits, M, N]."""
+    rows = tl.arange(0, BLOCK_M)
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    x_row_ptrs = x_ptr + rows.to(tl.int64)[None, :] * stride_x_row
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    first_block = split * blocks_per_split
+    for block in range(first_block, tl.minimum(first_block + blocks_per_split, tl.cdiv(K, BLOCK_K))):
+        first_column = block * BLOCK_K
+        columns = first_column + tl.arange(0, BLOCK_K)
+        x = tl.load(x_row_ptrs + columns[:, None], mask=(rows < M)[None, :] & (columns < K)[:, None], other=0.0)
+        weight = decode_tile(
+            data_ptr,
+            absmax_ptr,
+            code_ptr,
+            nested_absmax_ptr,
+            nested_code_ptr,
+            offset_ptr,
+            outputs,
+            first_column,
+            N,
+            K,
+            elements,
+            BLOCKSIZE,
+            NESTED_BLOCKSIZE,
+            PLACEMENT,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        # Columns beyond K are zero in x, and the decoded weight is finite everywhere.
+        accumulator = tl.dot(weight.to(x.dtype), x, accumulator, input_precision="tf32x3")
+    parts_ptrs = parts_ptr + (split.to(tl.int64) * M + rows)[None, :] * N + outputs[:, None]
+    tl.store(parts_ptrs, accumulator, mask=(rows < M)[None, :] & (outputs < N)[:, None])
+
+
+@triton.jit
+def finish_product_kernel(
+    parts_ptr,
+    bias_ptr,
+    h_ptr,
+    lora_B_ptr,
+    gates_ptr,
+    modality_ids_ptr,
+    y_ptr,
+    M,
+    N,
+    R,
+    splits,
+    stride_part,
+    stride_h_row,
+    stride_B_row,
+    stride_gates_row,
+    stride_y_row,
+    rows_per_sequence,
+    rank_per_expert,
+    scaling,
+    HAS_BIAS: tl.constexpr,
+    HAS_LORA: tl.constexpr,
+    GATE_PER_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PADDED_R: tl.constexpr,
+):
+    """Add up the parts, the bias and (h * G) B^T, and round once."""
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < M
+    column_mask = columns < N
+    mask = row_mask[:, None] & column_mask[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    parts_ptrs = parts_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    for _ in range(splits):
+        total += tl.load(parts_ptrs, mask=mask, other=0.0)
+        parts_ptrs += stride_part
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if HAS_LORA:
+        for first_rank in range(0, PADDED_R, BLOCK_R):
+            ranks = first_rank + tl.arange(0, BLOCK_R)
+            gated = load_gated(
+                h_ptr,
+                gates_ptr,
+                modality_ids_ptr,
+                rows,
+                row_mask,
+                first_rank,
+                R,
+                stride_h_row,
+                stride_gates_row,
+                rows_per_sequence,
+                rank_per_expert,
+                scaling,
+                GATE_PER_ROW,
+                BLOCK_R,
+            )
+            lora_B = tl.load(
+                lora_B_ptr + columns.to(tl.int64)[None, :] * stride_B_row + ranks[:, None],
+                mask=column_mask[None, :] & (ranks < R)[:, None],
+                other=0.0,
+            )
+            total = tl.dot(gated, lora_B.to(tl.float32), total, input_precision="tf32x3")
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y_row + columns[None, :]
+    tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def placement_of(columns: int, blocksize: int) -> int:
+    """ALIGNED if every row starts a block, EVEN if every row starts a byte, else ODD."""
+    if columns % blocksize == 0:
+        return ALIGNED.value
+    return EVEN.value if columns % 2 == 0 else ODD.value
+
+
+def unpack_statistics(statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """(absmax, code, nested absmax, nested code, offset); the last three None for plain statistics."""
+    return (*statistics, *(None,) * (5 - len(statistics)))
+
+
+def decode_4bit(
+    data: torch.Tensor,
+    statistics: Sequence[torch.Tensor],
+    shape: tuple[int, int],
+    blocksize: int,
+    nested_blocksize: int = 0,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+    lora_A: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """The weight as a dense matrix, with scaling * B diag(g) A added in float32 before the only rounding.
+
+    Args:
+        data: packed codes, uint8, (N * K + 1) // 2 elements, contiguous.
+        statistics: see the top of this module; absmax, nested absmax and codes float32, offset one element.
+        shape: (N, K).
+        blocksize: elements per scale, a power of two from 32 to 4096.
+        nested_blocksize: scales per nested scale, a power of two; 0 for plain statistics.
+        dtype: of the result, if `out` is absent: float32, float16 or bfloat16.
+        out: [N, K] contiguous, to write into.
+        lora_A, lora_B: [R, K] and [N, R], unit column stride; all of lora_A, lora_B, gates or none.
+        gates: [E], the gate of one modality.
+        scaling: alpha / r.
+    Returns:
+        [N, K].
+    """
+    (N, K), elements = shape, shape[0] * shape[1]
+    weight = torch.empty(shape, dtype=dtype, device=data.device) if out is None else out
+    if elements == 0:
+        return weight
+    has_fold = lora_A is not None and lora_B is not None and gates is not None and lora_A.shape[0] > 0
+    R = lora_A.shape[0] if has_fold else 0
+    block_r = padded_rank(R)
+    if has_fold:
+        block_n, block_k, num_warps = (64, 64, 4) if block_r <= 64 else (32, 64, 4)
+    else:
+        # Nothing depends on where rows begin: cut the flattened matrix into rows of whole blocks.
+        K = max(blocksize, 512)
+        N = triton.cdiv(elements, K)
+        block_n, block_k, num_warps = 8, 512, 4
+    absmax, code, nested_absmax, nested_code, offset = unpack_statistics(statistics)
+    decode_kernel[(triton.cdiv(N, block_n) * triton.cdiv(K, block_k),)](
+        data,
+        absmax,
+        code,
+        nested_absmax,
+        nested_code,
+        offset,
+        weight,
+        lora_A if has_fold else None,
+        lora_B if has_fold else None,
+        gates if has_fold else None,
+        N,
+        K,
+        R,
+        elements,
+        lora_A.stride(0) if has_fold else 0,
+        lora_B.stride(0) if has_fold else 0,
+        R // gates.numel() if has_fold else 1,
+        scaling,
+        HAS_FOLD=has_fold,
+        BLOCKSIZE=blocksize,
+        NESTED_BLOCKSIZE=nested_blocksize,
+        PLACEMENT=placement_of(K, blocksize),
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        num_warps=num_warps,
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+    return weight
+
+
+def small_linear_4bit(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    statistics: Sequence[torch.Tensor],
+    out_features: int,
+    blocksize: int,
+    nested_blocksize: int = 0,
+    *,
+    bias: torch.Tensor | None = None,
+    h: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+    modality_ids: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    rows_per_sequence: int = 1,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x W^T + bias + (h * G) B^T for few rows, with W decoded on the way to the tensor cores.
+
+    Args:
+        x: [M, K], M at most 64, float32, float16 or bfloat16, unit column stride; rows may be strided.
+        data, statistics, blocksize, nested_blocksize: as in `decode_4bit`; the weight is [out_features, K].
+        bias: [N] or None.
+        h, lora_B, gates, modality_ids, scaling, rows_per_sequence: as in `expand_add`; h None for the frozen layer alone.
+        out: [M, N], dtype of x, unit column stride; allocated if absent.
+    Returns:
+        y, [M, N], dtype of x.
+    Raises:
+        ValueError: M exceeds 64.
+    """
+    (M, K), N = x.shape, out_features
+    if M > LARGEST_SMALL_M:
+        raise ValueError(f"x has {M} rows, the small product takes at most {LARGEST_SMALL_M}")
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device) if out is None else out
+    if M == 0 or N == 0:
+        return y
+    block_m, block_n, block_k = max(16, triton.next_power_of_2(M)), 64, 128 if x.element_size() == 2 else 64
+    blocks_of_columns = triton.cdiv(K, block_k)
+    splits = max(1, min(programs_wanted(x.device) // triton.cdiv(N, block_n), blocks_of_columns // 2))
+    blocks_per_split = triton.cdiv(blocks_of_columns, splits)
+    splits = triton.cdiv(blocks_of_columns, blocks_per_split)
+    parts = torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
+    small_product_kernel[(triton.cdiv(N, block_n), splits)](
+        x,
+        data,
+        *unpack_statistics(statistics),
+        parts,
+        M,
+        N,
+        K,
+        N * K,
+        x.stride(0),
+        blocks_per_split,
+        BLOCKSIZE=blocksize,
+        NESTED_BLOCKSIZE=nested_blocksize,
+        PLACEMENT=placement_of(K, blocksize),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    has_lora = h is not None and h.shape[1] > 0
+    R = h.shape[1] if has_lora else 0
+    finish_columns = 32
+    finish_product_kernel[(triton.cdiv(N, finish_columns),)](
+        parts,
+        bias,
+        h if has_lora else None,
+        lora_B if has_lora else None,
+        gates if has_lora else None,
+        modality_ids,
+        y,
+        M,
+        N,
+        R,
+        splits,
+        M * N,
+        h.stride(0) if has_lora else 0,
+        lora_B.stride(0) if has_lora else 0,
+        gates.stride(0) if has_lora else 0,
+        y.stride(0),
+        rows_per_sequence,
+        R // gates.shape[1] if has_lora else 1,
+        scaling,
+        HAS_BIAS=bias is not None,
+        HAS_LORA=has_lora,
+        GATE_PER_ROW=modality_ids is None,
+        BLOCK_M=block_m,
+        BLOCK_N=finish_columns,
+        BLOCK_R=rank_block(torch.float32, R),
+        PADDED_R=padded_rank(R),
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
+    return y
