@@ -1,0 +1,44 @@
+// Host entry points of the kernels. Pointers are device pointers; tensors are dense and row-major.
+#pragma once
+
+#include "packed_weight.cuh"
+
+namespace sda {
+
+enum class ScalarKind : int { kBFloat16, kFloat16, kFloat32 };
+
+// out [numel] bfloat16 or float16 = round(code[nibble] * scale), elementwise.
+cudaError_t decode(const PackedWeight& weight, void* out, ScalarKind out_kind, cudaStream_t stream);
+
+// out [N, K] = round(code[nibble] * scale + sum_r (scaling * gates[r / (R / E)] * B[n, r]) * A[r, k]), summed in float32.
+struct FoldArguments {
+  const void* lora_A;   // [R, K]
+  const void* lora_B;   // [N, R]
+  const float* gates;   // [E]
+  ScalarKind lora_kind; // bfloat16 or float32
+  float scaling;
+  int rank;
+  int num_experts;
+  int64_t rows;         // N; R * max(N, K) below 2^31
+  int64_t columns;      // K
+};
+cudaError_t decode_fold(const PackedWeight& weight, const FoldArguments& fold, void* out, ScalarKind out_kind,
+                        cudaStream_t stream);
+
+// out [M, N] = x W^T + bias + hidden B^T with hidden = h * G, accumulated in float32 and rounded once.
+struct LinearArguments {
+  const void* x;          // [M, K]
+  const void* bias;       // [N] of x's kind, or null
+  const float* hidden;    // [M, R] float32, or null
+  const void* lora_B;     // [N, R], or null
+  void* out;              // [M, N]
+  ScalarKind kind;        // of x, bias and out
+  ScalarKind lora_kind;   // bfloat16 or float32
+  float code_multiplier;  // the code is rounded to x's kind as code * code_multiplier
+  int rank;
+  int64_t M, N, K;
+};
+bool linear_has_fast_path(const PackedWeight& weight, const LinearArguments& arguments);
+cudaError_t linear(const PackedWeight& weight, const LinearArguments& arguments, cudaStream_t stream);
+
+}  // namespace sda

@@ -1,0 +1,258 @@
+// y = x W^T + bias + hidden B^T for 1 to 64 rows of x, straight from the packed weight.
+//
+// Reading W at the memory's speed leaves under four instructions an element, so the tensor cores multiply even for one row:
+// 16 rows of W are the m16 side of mma.m16n8k16, eight rows of x the n8 side. A packed byte becomes the register with its
+// two 16-bit values by one shared-memory load from a 256-entry table kept once per lane (no bank conflicts). Scales enter in
+// float32: the products of one block are accumulated apart and added times the block's scale.
+//
+// The order of k inside a block is free as long as W and x agree: lane `member` of a group takes a quarter of the block,
+// contiguous in both. Warps of a CTA share the rows and split K; partial sums meet in shared memory, in a fixed order.
+#include "launchers.h"
+
+namespace sda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+struct LinearPointers {
+  const uint16_t* x;
+  const uint16_t* bias;
+  const float* hidden;
+  const void* lora_B;
+  uint16_t* out;
+  float code_multiplier;
+  int lora_is_float32;
+  int rank;
+  int M;
+  int64_t N, K;
+};
+
+__device__ __forceinline__ float low_rank_term(const LinearPointers& linear, int m, int64_t n) {
+  float sum = 0.f;
+  for (int r = 0; r < linear.rank; ++r) {
+    const int64_t index = n * linear.rank + r;
+    const float b = linear.lora_is_float32 ? load_cached(static_cast<const float*>(linear.lora_B) + index)
+                                           : BFloat16::widen(load_cached(static_cast<const uint16_t*>(linear.lora_B) + index));
+    sum = multiply_add(load_cached(linear.hidden + int64_t(m) * linear.rank + r), b, sum);
+  }
+  return sum;
+}
+
+// Reads kWords neighbouring 32-bit words with one load.
+template <int kWords>
+__device__ __forceinline__ void load_words(const uint8_t* address, uint32_t (&words)[kWords]) {
+  if constexpr (kWords == 1) {
+    words[0] = load_cached(reinterpret_cast<const uint32_t*>(address));
+  } else if constexpr (kWords == 2) {
+    const uint2 pair = load_streaming(reinterpret_cast<const uint2*>(address));
+    words[0] = pair.x, words[1] = pair.y;
+  } else {
+    const uint4 quad = load_streaming(reinterpret_cast<const uint4*>(address));
+    words[0] = quad.x, words[1] = quad.y, words[2] = quad.z, words[3] = quad.w;
+  }
+}
+
+__host__ __device__ constexpr int ctas_per_multiprocessor(int column_tiles) {
+  return column_tiles == 1 ? 3 : (column_tiles == 8 ? 1 : 2);
+}
+
+// kWords: packed words a lane reads of one step of 32 * kWords elements, all in one block.
+// kColumnTiles: tiles of eight rows of x. kRowTiles: tiles of 16 rows of W in a CTA; the other warps split K.
+template <typename T, int kWords, int kColumnTiles, int kRowTiles>
+__global__ void __launch_bounds__(kThreads, ctas_per_multiprocessor(kColumnTiles))
+    linear_kernel(PackedWeight weight, LinearPointers linear) {
+  constexpr int kStep = 32 * kWords;
+  constexpr int kUnroll = (kColumnTiles < 4 ? 4 : 2) / (kWords == 4 ? 2 : 1);
+  constexpr int kSlices = kWarps / kRowTiles;
+  SDA_SHARED uint32_t table[256 * 32];
+  SDA_SHARED float partial[kWarps][8][16 + 1];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int group = lane / 4, member = lane % 4;
+  const int row_tile = warp % kRowTiles, slice = warp / kRowTiles;
+
+  {
+    const float even = multiply_rounded(load_cached(weight.code + threadIdx.x / 16), linear.code_multiplier);
+    const float odd = multiply_rounded(load_cached(weight.code + threadIdx.x % 16), linear.code_multiplier);
+    const uint32_t pair = T::pack(even, odd);
+    uint4* copies = reinterpret_cast<uint4*>(table + threadIdx.x * 32);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) copies[(i + lane) & 7] = uint4{pair, pair, pair, pair};
+  }
+  __syncthreads();
+  const float inverse_multiplier = 1.f / linear.code_multiplier;
+  const uint8_t* lane_table = reinterpret_cast<const uint8_t*>(table) + lane * 4;
+
+  const int64_t steps = linear.K / kStep;
+  const int64_t row_blocks = (linear.N + 16 * kRowTiles - 1) / (16 * kRowTiles);
+  for (int64_t row_block = blockIdx.x; row_block < row_blocks; row_block += gridDim.x) {
+    const int64_t first_row = (row_block * kRowTiles + row_tile) * 16;
+    int64_t row_start[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = first_row + i * 8 + group;
+      row_start[i] = (row < linear.N ? row : linear.N - 1) * linear.K;
+    }
+
+    float sums[kColumnTiles][4] = {};
+    for (int64_t first_step = int64_t(slice) * kUnroll; first_step < steps; first_step += kSlices * kUnroll) {
+      uint32_t words[kUnroll][2][kWords];
+      float scales[kUnroll][2];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t step = first_step + u < steps ? first_step + u : steps - 1;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int64_t element = row_start[i] + step * kStep;
+          load_words(weight.packed + (element >> 1) + member * (4 * kWords), words[u][i]);
+          scales[u][i] = block_scale(weight, element >> weight.log2_block_size);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (first_step + u >= steps) break;
+        uint32_t fragments[2 * kWords][4];
+#pragma unroll
+        for (int i = 0; i < 2 * kWords; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const uint32_t word = words[u][j & 1][i / 2];
+            const int byte = (i & 1) * 2 + (j >> 1);
+            const uint32_t offset = (byte == 0 ? word << 7 : word >> (8 * byte - 7)) & 0x7F80u;
+            fragments[i][j] = *reinterpret_cast<const uint32_t*>(lane_table + offset);
+          }
+        }
+        const int64_t k = (first_step + u) * kStep + member * (8 * kWords);
+#pragma unroll
+        for (int tile = 0; tile < kColumnTiles; ++tile) {
+          const int m = tile * 8 + group < linear.M ? tile * 8 + group : linear.M - 1;
+          const uint4* x = reinterpret_cast<const uint4*>(linear.x + m * linear.K + k);
+          float products[4] = {};
+#pragma unroll
+          for (int i = 0; i < kWords; ++i) {
+            const uint4 values = load_cached(x + i);
+            mma_16x8x16<T>(products, fragments[2 * i], values.x, values.y);
+            mma_16x8x16<T>(products, fragments[2 * i + 1], values.z, values.w);
+          }
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[tile][j] = multiply_add(products[j], scales[u][j >> 1], sums[tile][j]);
+        }
+      }
+    }
+
+#pragma unroll
+    for (int tile = 0; tile < kColumnTiles; ++tile) {
+      __syncthreads();
+#pragma unroll
+      for (int j = 0; j < 4; ++j) partial[warp][member * 2 + (j & 1)][(j >> 1) * 8 + group] = sums[tile][j];
+      __syncthreads();
+      for (int i = threadIdx.x; i < kRowTiles * 16 * 8; i += kThreads) {
+        const int row_in_block = i % (kRowTiles * 16);
+        const int m_in_tile = i / (kRowTiles * 16);
+        const int m = tile * 8 + m_in_tile;
+        const int64_t n = row_block * kRowTiles * 16 + row_in_block;
+        if (m < linear.M && n < linear.N) {
+          float sum = 0.f;
+#pragma unroll
+          for (int s = 0; s < kSlices; ++s) sum += partial[s * kRowTiles + row_in_block / 16][m_in_tile][row_in_block % 16];
+          sum *= inverse_multiplier;
+          if (linear.bias != nullptr) sum += T::widen(load_cached(linear.bias + n));
+          linear.out[m * linear.N + n] = T::round(sum + low_rank_term(linear, m, n));
+        }
+      }
+    }
+  }
+}
+
+// Any K, any alignment, any M: a warp computes one column of y, eight rows of x at a time, in float32 throughout.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) linear_any_kernel(PackedWeight weight, LinearPointers linear) {
+  const int lane = threadIdx.x % 32;
+  for (int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; n < linear.N; n += int64_t(gridDim.x) * kWarps) {
+    for (int first_m = 0; first_m < linear.M; first_m += 8) {
+      float sums[8] = {};
+      for (int64_t k = lane; k < linear.K; k += 32) {
+        const float value = decode_element(weight, n * linear.K + k);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int m = first_m + i < linear.M ? first_m + i : linear.M - 1;
+          sums[i] = multiply_add(value, T::widen(load_cached(linear.x + m * linear.K + k)), sums[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        for (int lanes = 16; lanes > 0; lanes /= 2) sums[i] += shuffle_xor(sums[i], lanes);
+        const int m = first_m + i;
+        if (lane == 0 && m < linear.M) {
+          float sum = sums[i];
+          if (linear.bias != nullptr) sum += T::widen(load_cached(linear.bias + n));
+          linear.out[m * linear.N + n] = T::round(sum + low_rank_term(linear, m, n));
+        }
+      }
+    }
+  }
+}
+
+int words_per_step(const PackedWeight& weight) {
+  return weight.log2_block_size == 5 ? 1 : (weight.log2_block_size == 6 ? 2 : 4);
+}
+
+template <typename T, int kWords, int kColumnTiles, int kRowTiles>
+void launch_tiles(const PackedWeight& weight, const LinearPointers& linear, cudaStream_t stream) {
+  // A CTA fills its table once, so it takes several row blocks when there are more of them than the device holds CTAs.
+  const int64_t row_blocks = (linear.N + 16 * kRowTiles - 1) / (16 * kRowTiles);
+  const unsigned grid = grid_size(row_blocks, ctas_per_multiprocessor(kColumnTiles) * int64_t(multiprocessor_count()));
+  SDA_LAUNCH((linear_kernel<T, kWords, kColumnTiles, kRowTiles>), grid, kThreads, stream, weight, linear);
+}
+
+template <typename T, int kWords>
+void launch_words(const PackedWeight& weight, const LinearPointers& linear, cudaStream_t stream) {
+  if (linear.M <= 8) return launch_tiles<T, kWords, 1, 1>(weight, linear, stream);
+  if (linear.M <= 16) return launch_tiles<T, kWords, 2, 2>(weight, linear, stream);
+  if (linear.M <= 32) return launch_tiles<T, kWords, 4, 2>(weight, linear, stream);
+  launch_tiles<T, kWords, 8, 4>(weight, linear, stream);
+}
+
+template <typename T>
+void launch(const PackedWeight& weight, const LinearPointers& linear, bool fast, cudaStream_t stream) {
+  if (!fast) {
+    const unsigned grid = grid_size((linear.N + kWarps - 1) / kWarps, int64_t(1) << 20);
+    SDA_LAUNCH((linear_any_kernel<T>), grid, kThreads, stream, weight, linear);
+    return;
+  }
+  const int words = words_per_step(weight);
+  if (words == 1) return launch_words<T, 1>(weight, linear, stream);
+  if (words == 2) return launch_words<T, 2>(weight, linear, stream);
+  launch_words<T, 4>(weight, linear, stream);
+}
+
+}  // namespace
+
+bool linear_has_fast_path(const PackedWeight& weight, const LinearArguments& arguments) {
+  const int64_t step = 32 * words_per_step(weight);
+  return arguments.M <= 64 && arguments.K % step == 0 && is_aligned(weight.packed, 16) && is_aligned(arguments.x, 16);
+}
+
+cudaError_t linear(const PackedWeight& weight, const LinearArguments& arguments, cudaStream_t stream) {
+  if (arguments.M == 0 || arguments.N == 0) return cudaSuccess;
+  const LinearPointers pointers{static_cast<const uint16_t*>(arguments.x),
+                                static_cast<const uint16_t*>(arguments.bias),
+                                arguments.hidden,
+                                arguments.lora_B,
+                                static_cast<uint16_t*>(arguments.out),
+                                arguments.code_multiplier,
+                                arguments.lora_kind == ScalarKind::kFloat32,
+                                arguments.hidden == nullptr ? 0 : arguments.rank,
+                                int(arguments.M),
+                                arguments.N,
+                                arguments.K};
+  const bool fast = linear_has_fast_path(weight, arguments);
+  if (arguments.kind == ScalarKind::kBFloat16) {
+    launch<BFloat16>(weight, pointers, fast, stream);
+  } else {
+    launch<Float16>(weight, pointers, fast, stream);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace sda

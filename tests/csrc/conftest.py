@@ -1,0 +1,106 @@
+"""Builds the host emulation of the CUDA kernels once per test session."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNEL_FILES = ("decode.cu", "decode_fold.cu", "linear.cu")
+SCALAR_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+class WeightArguments(ctypes.Structure):
+    """Mirrors WeightArguments in emulated_kernels.cpp."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("packed", "code", "absmax")],
+        *[(name, ctypes.c_void_p) for name in ("nested_code", "nested_absmax", "nested_offset")],
+        ("numel", ctypes.c_int64),
+        ("log2_block_size", ctypes.c_int32),
+        ("log2_nested_block_size", ctypes.c_int32),
+    )
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class EmulatedKernels:
+    """The launchers of csrc/ on CPU tensors; `state` is a bitsandbytes QuantState."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.kept: list[torch.Tensor | None] = []
+
+    def weight(self, packed: torch.Tensor, state) -> WeightArguments:
+        nested = state.state2
+        offset = None if nested is None else state.offset.float().reshape(1)
+        self.kept = [packed, state.code, state.absmax, offset]
+        return WeightArguments(
+            pointer(packed),
+            pointer(state.code),
+            pointer(state.absmax),
+            pointer(nested.code) if nested else None,
+            pointer(nested.absmax) if nested else None,
+            pointer(offset),
+            state.shape.numel(),
+            state.blocksize.bit_length() - 1,
+            (nested.blocksize if nested else 256).bit_length() - 1,
+        )
+
+    def decode(self, packed: torch.Tensor, state, out: torch.Tensor) -> torch.Tensor:
+        self.library.emulated_decode(
+            ctypes.byref(self.weight(packed, state)), ctypes.c_void_p(pointer(out)), SCALAR_KINDS[out.dtype]
+        )
+        return out
+
+    def decode_fold(self, packed, state, lora_A, lora_B, gates, scaling, out) -> torch.Tensor:
+        rows, columns = state.shape
+        self.library.emulated_decode_fold(
+            ctypes.byref(self.weight(packed, state)),
+            *(ctypes.c_void_p(pointer(tensor)) for tensor in (lora_A, lora_B, gates)),
+            SCALAR_KINDS[lora_A.dtype],
+            ctypes.c_float(scaling),
+            lora_A.shape[0],
+            gates.numel(),
+            ctypes.c_int64(rows),
+            ctypes.c_int64(columns),
+            ctypes.c_void_p(pointer(out)),
+            SCALAR_KINDS[out.dtype],
+        )
+        return out
+
+    def linear(self, x, packed, state, bias, hidden, lora_B, code_multiplier, out) -> bool:
+        """Fills out; returns whether the tensor-core path was taken."""
+        rows, columns = state.shape
+        return bool(
+            self.library.emulated_linear(
+                ctypes.byref(self.weight(packed, state)),
+                *(ctypes.c_void_p(pointer(tensor)) for tensor in (x, bias, hidden, lora_B, out)),
+                SCALAR_KINDS[x.dtype],
+                SCALAR_KINDS[torch.float32 if lora_B is None else lora_B.dtype],
+                ctypes.c_float(code_multiplier),
+                0 if hidden is None else hidden.shape[1],
+                ctypes.c_int64(x.shape[0]),
+                ctypes.c_int64(rows),
+                ctypes.c_int64(columns),
+            )
+        )
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(tmp_path_factory) -> EmulatedKernels:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ not found: the kernels cannot be emulated on the host")
+    library = tmp_path_factory.mktemp("emulator") / "libemulated_kernels.so"
+    here = ROOT / "tests" / "csrc"
+    command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-DSDA_EMULATE"]
+    command += [f"-I{here}", f"-I{ROOT / 'csrc'}", "-x", "c++", str(here / "emulated_kernels.cpp")]
+    command += [str(ROOT / "csrc" / name) for name in KERNEL_FILES]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return EmulatedKernels(ctypes.CDLL(str(library)))

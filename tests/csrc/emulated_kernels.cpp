@@ -1,0 +1,57 @@
+// A C interface for the tests to the launchers of csrc/, all compiled for the host with emulator.h.
+#include "launchers.h"
+
+extern "C" {
+
+struct WeightArguments {
+  const void* packed;
+  const void* code;
+  const void* absmax;
+  const void* nested_code;
+  const void* nested_absmax;
+  const void* nested_offset;
+  int64_t numel;
+  int32_t log2_block_size;
+  int32_t log2_nested_block_size;
+};
+
+static sda::PackedWeight to_weight(const WeightArguments& w) {
+  return {static_cast<const uint8_t*>(w.packed),      static_cast<const float*>(w.code),
+          w.absmax,                                   static_cast<const float*>(w.nested_code),
+          static_cast<const float*>(w.nested_absmax), static_cast<const float*>(w.nested_offset),
+          w.numel,                                    w.log2_block_size,
+          w.log2_nested_block_size};
+}
+
+int emulated_decode(const WeightArguments* weight, void* out, int out_kind) {
+  return sda::decode(to_weight(*weight), out, sda::ScalarKind(out_kind), nullptr);
+}
+
+int emulated_decode_fold(const WeightArguments* weight, const void* lora_A, const void* lora_B, const void* gates,
+                         int lora_kind, float scaling, int rank, int num_experts, int64_t rows, int64_t columns, void* out,
+                         int out_kind) {
+  const sda::FoldArguments fold{lora_A,  lora_B, static_cast<const float*>(gates), sda::ScalarKind(lora_kind),
+                                scaling, rank,   num_experts,                      rows, columns};
+  return sda::decode_fold(to_weight(*weight), fold, out, sda::ScalarKind(out_kind), nullptr);
+}
+
+int emulated_linear(const WeightArguments* weight, const void* x, const void* bias, const void* hidden, const void* lora_B,
+                    void* out, int kind, int lora_kind, float code_multiplier, int rank, int64_t M, int64_t N, int64_t K) {
+  const sda::LinearArguments arguments{x,
+                                       bias,
+                                       static_cast<const float*>(hidden),
+                                       lora_B,
+                                       out,
+                                       sda::ScalarKind(kind),
+                                       sda::ScalarKind(lora_kind),
+                                       code_multiplier,
+                                       rank,
+                                       M,
+                                       N,
+                                       K};
+  const sda::PackedWeight packed = to_weight(*weight);
+  const int fast = sda::linear_has_fast_path(packed, arguments);
+  sda::linear(packed, arguments, nullptr);
+  return fast;
+}
+}
