@@ -13,12 +13,6 @@ ID_ONLY = "ID only"
 BASELINE = "baseline"
 
 
-def _option(default: Any, help: str) -> Any:
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class RecommendConfig:
     """Settings of `recommend`.
@@ -29,41 +23,74 @@ class RecommendConfig:
 
     interactions: Path = field(metadata={"help": "table with user, item and timestamp (.tsv or .csv, also .gz)"})
     output: Path = field(metadata={"help": "folder for results.json and the single runs"})
-    items: Path | None = _option(None, "items (JSON lines); interactions with other items are then left out")
-    vectors: dict[str, Path] = _option({}, "method name = table of item vectors written by `embed`; any number")
-    vector_part: str = _option("vectors", "which tensor of the tables to use: vectors, image or text")
-    recommenders: tuple[str, ...] = _option(("sasrec",), f"which of {', '.join(RECOMMENDERS)} to train")
-    baselines: tuple[str, ...] = _option(BASELINES, f"which of {', '.join(BASELINES)} to add")
-    id_only: bool = _option(True, "also train every recommender without item vectors")
-    seeds: tuple[int, ...] = _option((0, 1, 2), "one run of every recommender per seed")
-    split_seed: int = _option(0, "seed for timestamp ties and sampled negatives; the same for all runs")
-    sampled_negatives: int = _option(100, "fixed negatives per user of the sampled protocol")
-    embedding_dim: int = _option(128, "width of item embeddings and hidden states")
-    adapter_hidden: int = _option(768, "hidden width of the adapter between table and item embedding")
-    adapter_activation: str = _option("gelu", "between the adapter's two layers: gelu, relu or none")
-    max_length: int = _option(50, "most recent items of a user that a sequence model sees")
-    num_blocks: int = _option(2, "blocks of SASRec and BERT4Rec, layers of GRU4Rec")
-    num_heads: int = _option(2, "attention heads of SASRec and BERT4Rec")
-    dropout: float = _option(0.2, "dropout inside the sequence models")
-    mask_probability: float = _option(0.2, "share of items that BERT4Rec masks in training")
-    loss: str = _option("ce", "ce (softmax over sampled items) or bce (one negative per position, as published)")
-    num_negatives: int = _option(1024, "items sampled per batch for the loss ce; 0 for all items")
-    epochs: int = _option(60, "most epochs of a sequence model; the best one on validation is kept")
-    patience: int = _option(6, "evaluations on validation without a gain after which training ends")
-    evaluate_every: int = _option(1, "epochs between evaluations on validation")
-    validation_users: int = _option(5000, "users (drawn once, by split_seed) of those evaluations; 0 for all")
-    batch_positions: int = _option(2048, "sequence positions of a training batch")
-    learning_rate: float = _option(1e-3, "of Adam")
-    weight_decay: float = _option(0.0, "of Adam, decoupled")
-    alignment_weight: float = _option(0.0, "weight of the CMSA loss between adapter output and ID embeddings; 0 is off")
-    alignment_temperature: float = _option(2.0, "temperature of that loss")
-    alignment_over: str = _option("items", "items: the batch's distinct items; positions: all non-padding positions")
-    factor_dim: int = _option(64, "factors of VBPR and of BPR, its version without item vectors")
-    factor_epochs: int = _option(30, "epochs of VBPR and BPR")
-    factor_learning_rate: float = _option(0.005, "learning rate of VBPR and, ten times as large, of BPR")
-    device: str = _option("auto", "cpu, cuda or auto")
-    progress: bool = _option(True, "show a progress bar")
-    dataset_name: str = _option("", "name of the data set in results and report")
+    items: Path | None = field(
+        default=None, metadata={"help": "items (JSON lines); interactions with other items are then left out"}
+    )
+    vectors: dict[str, Path] = field(
+        default_factory=dict, metadata={"help": "method name = table of item vectors written by `embed`; any number"}
+    )
+    vector_part: str = field(
+        default="vectors", metadata={"help": "which tensor of the tables to use: vectors, image or text"}
+    )
+    recommenders: tuple[str, ...] = field(
+        default=("sasrec",), metadata={"help": f"which of {', '.join(RECOMMENDERS)} to train"}
+    )
+    baselines: tuple[str, ...] = field(default=BASELINES, metadata={"help": f"which of {', '.join(BASELINES)} to add"})
+    id_only: bool = field(default=True, metadata={"help": "also train every recommender without item vectors"})
+    seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"help": "one run of every recommender per seed"})
+    split_seed: int = field(
+        default=0, metadata={"help": "seed for timestamp ties and sampled negatives; the same for all runs"}
+    )
+    sampled_negatives: int = field(default=100, metadata={"help": "fixed negatives per user of the sampled protocol"})
+    embedding_dim: int = field(default=128, metadata={"help": "width of item embeddings and hidden states"})
+    adapter_hidden: int = field(
+        default=768, metadata={"help": "hidden width of the adapter between table and item embedding"}
+    )
+    adapter_activation: str = field(
+        default="gelu", metadata={"help": "between the adapter's two layers: gelu, relu or none"}
+    )
+    max_length: int = field(default=50, metadata={"help": "most recent items of a user that a sequence model sees"})
+    num_blocks: int = field(default=2, metadata={"help": "blocks of SASRec and BERT4Rec, layers of GRU4Rec"})
+    num_heads: int = field(default=2, metadata={"help": "attention heads of SASRec and BERT4Rec"})
+    dropout: float = field(default=0.2, metadata={"help": "dropout inside the sequence models"})
+    mask_probability: float = field(default=0.2, metadata={"help": "share of items that BERT4Rec masks in training"})
+    loss: str = field(
+        default="ce",
+        metadata={"help": "ce (softmax over sampled items) or bce (one negative per position, as published)"},
+    )
+    num_negatives: int = field(
+        default=1024, metadata={"help": "items sampled per batch for the loss ce; 0 for all items"}
+    )
+    epochs: int = field(
+        default=60, metadata={"help": "most epochs of a sequence model; the best one on validation is kept"}
+    )
+    patience: int = field(
+        default=6, metadata={"help": "evaluations on validation without a gain after which training ends"}
+    )
+    evaluate_every: int = field(default=1, metadata={"help": "epochs between evaluations on validation"})
+    validation_users: int = field(
+        default=5000, metadata={"help": "users (drawn once, by split_seed) of those evaluations; 0 for all"}
+    )
+    batch_positions: int = field(default=2048, metadata={"help": "sequence positions of a training batch"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "of Adam"})
+    weight_decay: float = field(default=0.0, metadata={"help": "of Adam, decoupled"})
+    alignment_weight: float = field(
+        default=0.0, metadata={"help": "weight of the CMSA loss between adapter output and ID embeddings; 0 is off"}
+    )
+    alignment_temperature: float = field(default=2.0, metadata={"help": "temperature of that loss"})
+    alignment_over: str = field(
+        default="items", metadata={"help": "items: the batch's distinct items; positions: all non-padding positions"}
+    )
+    factor_dim: int = field(
+        default=64, metadata={"help": "factors of VBPR and of BPR, its version without item vectors"}
+    )
+    factor_epochs: int = field(default=30, metadata={"help": "epochs of VBPR and BPR"})
+    factor_learning_rate: float = field(
+        default=0.005, metadata={"help": "learning rate of VBPR and, ten times as large, of BPR"}
+    )
+    device: str = field(default="auto", metadata={"help": "cpu, cuda or auto"})
+    progress: bool = field(default=True, metadata={"help": "show a progress bar"})
+    dataset_name: str = field(default="", metadata={"help": "name of the data set in results and report"})
 
     def __post_init__(self) -> None:
         self.interactions, self.output = Path(self.interactions), Path(self.output)

@@ -42,8 +42,8 @@ class SequenceNetwork(nn.Module):
     def embedding(self) -> nn.Module:
         return getattr(self.inner, self.embedding_name)
 
-    @embedding.setter
-    def embedding(self, module: nn.Module) -> None:
+    def replace_embedding(self, module: nn.Module) -> None:
+        """Put `module`, with an `nn.Embedding`'s interface, in the place of the item embedding."""
         setattr(self.inner, self.embedding_name, module)
 
     def item_vectors(self) -> Tensor:

@@ -70,13 +70,14 @@ def train_sequence_model(
         torch.manual_seed(seed)
         network = build_network(name, split.num_items, config)
         if table is not None:
-            network.embedding = ContentEmbedding(
+            content = ContentEmbedding(
                 table,
                 config.embedding_dim,
                 hidden=config.adapter_hidden,
                 num_special=network.num_special,
                 activation=config.adapter_activation,
             )
+            network.replace_embedding(content)
         network.to(device)
         log = _fit(network, split, config, np.random.default_rng([seed, 2]), align_to, device)
     log.seconds = time.perf_counter() - start
