@@ -12,7 +12,7 @@ import numpy as np
 from sda_fast.data.amazon import ConvertedData
 from sda_fast.data.download import find_images
 from sda_fast.data.errors import DataError
-from sda_fast.data.interactions import Interactions, k_core, read_interactions, select_rows, write_interactions
+from sda_fast.data.interactions import k_core, read_interactions, select_rows, write_interactions
 from sda_fast.data.items import Catalogue, Item, write_items
 from sda_fast.data.lines import read_lines
 
@@ -55,7 +55,12 @@ def convert_movielens(
     usable = np.array(
         [name in films and (not only_with_poster or name in pictures) for name in ratings.item_ids], dtype=bool
     )
-    ratings = k_core(select_rows(ratings, usable[ratings.items]), k)
+    counts["below_min_rating"] = counts["ratings"] - len(ratings)
+    kept = usable[ratings.items]
+    counts["unknown_film_or_no_poster"] = int((~kept).sum())
+    counts["outside_core"] = int(kept.sum())
+    ratings = k_core(select_rows(ratings, kept), k)
+    counts["outside_core"] -= len(ratings)
     if not len(ratings):
         raise ValueError(f"nothing is left of {counts['ratings']} ratings after the {k}-core")
     item_ids = sorted(ratings.item_ids, key=lambda name: (len(name), name))

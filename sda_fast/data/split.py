@@ -105,7 +105,7 @@ class Split:
         filled = np.zeros(self.num_users, dtype=np.int64)
         while len(users):
             drawn = rng.integers(0, self.num_items, size=(len(users), num_negatives + 16), dtype=np.int32)
-            candidates = np.concatenate([negatives[users], drawn], axis=1)
+            candidates = np.concatenate([negatives[users, : filled[users].max()], drawn], axis=1)
             usable = _first_occurrences(candidates) & (candidates >= 0)
             keys = users[:, None] * np.int64(self.num_items) + candidates
             usable &= ~_is_member(keys, own_keys)
