@@ -236,7 +236,9 @@ def _pictures(
 def _clean(value: object) -> str | None:
     if value is None:
         return None
-    text = html.unescape(_TAG.sub(" ", _CODE.sub(" ", html.unescape(str(value)))))
+    # Python literals write one emoji as two halves; single halves, which UTF-8 cannot hold, become U+FFFD.
+    whole = str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = html.unescape(_TAG.sub(" ", _CODE.sub(" ", html.unescape(whole))))
     return " ".join(text.split()) or None
 
 
