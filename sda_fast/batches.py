@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
@@ -69,12 +69,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Turns items into batches for one model."""
+    """Turns items into batches for one model.
+
+    A picture that was replaced by noise once is taken as missing from then on, so that it is reported once.
+    """
 
     lvlm: LVLM
     prompts: PromptConfig
     image_options: ImageOptions
     length_bucketing: bool = True
+    without_picture: set[str] = field(default_factory=set)
 
     def make(self, items: Sequence[Item], chunk_size: int | None) -> Batch:
         """A batch in chunks of at most `chunk_size` items; None: one chunk."""
@@ -84,7 +88,11 @@ class BatchMaker:
         return Batch(images, texts, chunk_size)
 
     def image_chunk(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        return collate_images(self.lvlm, items, self.prompts, self.image_options)
+        shown = [replace(item, image=None) if item.item_id in self.without_picture else item for item in items]
+        tensors = collate_images(self.lvlm, shown, self.prompts, self.image_options)
+        noise = tensors["is_noise"].tolist()
+        self.without_picture.update(item.item_id for item, is_noise in zip(items, noise, strict=True) if is_noise)
+        return tensors
 
     def text_chunk(self, items: Sequence[Item]) -> dict[str, Tensor]:
         return collate_texts(self.lvlm, items, self.prompts)
