@@ -3,7 +3,8 @@
 With Z = [X, Y], S = tau/2 Z Z^T is symmetric, so a sweep over the whole batch visits each pair of blocks once and
 serves both orders. A range of rows (one rank's share) is swept against all columns instead. Forward: one sweep for
 the log-sum-exps of L's rows, L's columns and S's rows and for sum_j T_ij L_ij; for the published form a second one for
-q_j = sum_i T_ij and sum_j T_ij c_j. Backward: one sweep that forms tiles of dL and dS and multiplies them by the vectors.
+q_j = sum_i T_ij and sum_j T_ij c_j. Backward: one sweep that forms tiles of dL and dS and multiplies them by the
+vectors. All statistics are in bits (see `cmsa_tiles`).
 
     rho_i = sum_j T_ij (c_j - 2 L_ij)        dS_ij = T_ij (c_j - 2 L_ij - rho_i) / (2B)
     loss  = 1/(2B) sum_i (r_i + rho_i)       (published; without the c_j and with r_i + c_i + rho_i otherwise)
@@ -17,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sda_fast.ops.cmsa_tiles import Form, Span, TileGradients, compute_dtype
+from sda_fast.ops.cmsa_tiles import NATS_PER_BIT, Form, Span, TileGradients, compute_dtype
 
 
 class Tiles(Protocol):
@@ -25,9 +26,11 @@ class Tiles(Protocol):
 
     x: Tensor
     y: Tensor
-    temperature: float | Tensor
     form: Form
     block_size: int
+
+    @property
+    def temperature(self) -> float | Tensor: ...
 
     def columns_per_visit(self) -> int: ...
 
@@ -71,13 +74,13 @@ def visits(tiles: Tiles, own: Span, symmetric: bool) -> Iterator[tuple[Span, boo
 def merge_statistics(running: Tensor, part: Tensor, soft: bool) -> None:
     """Add `part` [4, n] to `running` [4, n] in place; see `TorchTiles.statistics` for the four rows."""
     if soft:
-        teacher_lse = torch.logaddexp(running[2], part[2])
-        running[3] *= torch.exp(running[2] - teacher_lse)
-        running[3] += torch.exp(part[2] - teacher_lse) * part[3]
+        teacher_lse = torch.logaddexp2(running[2], part[2])
+        running[3] *= torch.exp2(running[2] - teacher_lse)
+        running[3] += torch.exp2(part[2] - teacher_lse) * part[3]
         running[2] = teacher_lse
     else:
         running[3] += part[3]
-    torch.logaddexp(running[:2], part[:2], out=running[:2])
+    torch.logaddexp2(running[:2], part[:2], out=running[:2])
 
 
 def row_statistics(tiles: Tiles, rows: Span, symmetric: bool) -> Tensor:
@@ -106,7 +109,7 @@ def row_target_sums(tiles: Tiles, rows: Span, teacher_lse: Tensor, column_lse: T
 
 
 def complete_statistics(form: Form, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Per-item losses [B] (their sum over 2B is the loss) and the statistics [5, B] for backward: r, c, s, q, rho."""
+    """Losses by item [B] in bits (their sum over 2B is the loss); statistics [5, B] for backward: r, c, s, q, rho."""
     r, c, s, target_logits = first.unbind()
     if second is None:
         q, rho = torch.ones_like(r), -target_logits
@@ -122,7 +125,7 @@ def blockwise_forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
     first = row_statistics(tiles, rows, symmetric=True)
     second = row_target_sums(tiles, rows, first[2], first[1], symmetric=True) if tiles.form.needs_target_sums else None
     per_item, statistics = complete_statistics(tiles.form, first, second)
-    loss = per_item.double().sum() / (2 * len(tiles.x))
+    loss = per_item.double().sum() * (NATS_PER_BIT / (2 * len(tiles.x)))
     return loss.to(per_item.dtype), statistics
 
 
@@ -169,19 +172,19 @@ def blockwise_backward(
                 _add_products(tiles, tile, whole.part(own), columns)
                 if two_sided:
                     _add_products(tiles, _transposed(tile), whole.part(columns), own)
-        dx, dy = whole.rounded(scale, x.dtype)
+        results = whole.rounded(scale, x.dtype)
     else:
-        dx, dy = (x.new_empty(count, x.shape[1]) if needed else None for needed in (needs_x, needs_y))
+        results = [x.new_empty(count, x.shape[1]) if needed else None for needed in (needs_x, needs_y)]
         for own in row_blocks(rows, tiles.block_size):
             block = totals(own[1] - own[0])
             for columns, two_sided in visits(tiles, own, symmetric):
                 tile = tiles.gradients(own, columns, statistics, through_teacher, two_sided)
                 temperature += tile.temperature
                 _add_products(tiles, tile, block, columns)
-            for result, finished in zip((dx, dy), block.rounded(scale, x.dtype), strict=True):
-                if result is not None:
+            for result, finished in zip(results, block.rounded(scale, x.dtype), strict=True):
+                if result is not None and finished is not None:
                     result[own[0] - rows[0] : own[1] - rows[0]] = finished
-    return Gradients(dx, dy, temperature.to(scale.dtype) * scale / tiles.temperature)
+    return Gradients(results[0], results[1], temperature.to(scale.dtype) * scale / tiles.temperature)
 
 
 class Totals(NamedTuple):
@@ -193,9 +196,9 @@ class Totals(NamedTuple):
     def part(self, span: Span) -> Totals:
         return Totals(*(None if total is None else total[span[0] : span[1]] for total in self))
 
-    def rounded(self, scale: Tensor, dtype: torch.dtype) -> Iterator[Tensor | None]:
+    def rounded(self, scale: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
         """Scale the sums in place and give them in `dtype`."""
-        return (None if total is None else total.mul_(scale).to(dtype) for total in self)
+        return [None if total is None else total.mul_(scale).to(dtype) for total in self]
 
 
 def _transposed(tile: TileGradients) -> TileGradients:

@@ -1,0 +1,520 @@
+"""CMSA and InfoNCE on a block of rows against a block of columns: statistics, target sums and gradient tiles.
+
+For items i among the rows and j among the columns a program forms L_ij = x_i y_j / tau, L_ji and the teacher
+S_ij = tau/2 (x_i x_j + y_i y_j) from one pass over the dimensions: four loads feed four products. Logits, scores and
+log-sum-exps are in bits (times log2 e). Every reduction is in two stages: a program leaves its part, the caller adds up.
+Sizes: B items, D dimensions; a launch covers `rows` x `columns`, two spans of items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Rows, columns and dimensions of a program's tile, its warps and the depth of its software pipeline."""
+
+    block_rows: int
+    block_columns: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+# (kernel, bytes per element): chosen by registers and shared memory of compiled code, not by timing
+CONFIGS: dict[tuple[str, int], TileConfig] = {
+    ("statistics", 2): TileConfig(128, 64, 64, 8, 3),
+    ("statistics", 4): TileConfig(64, 64, 32, 8, 3),
+    ("target_sums", 2): TileConfig(128, 64, 64, 8, 3),
+    ("target_sums", 4): TileConfig(64, 64, 32, 8, 3),
+    ("gradients", 2): TileConfig(128, 64, 64, 8, 3),
+    ("gradients", 4): TileConfig(64, 64, 32, 8, 3),
+}
+
+NATS_PER_BIT = tl.constexpr(0.6931471805599453)
+BITS_PER_NAT = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(ptr, items, item_mask, dimensions, D, stride_item, stride_dimension):
+    """[items, dimensions] of the embeddings, zero outside."""
+    ptrs = ptr + items.to(tl.int64)[:, None] * stride_item + dimensions.to(tl.int64)[None, :] * stride_dimension
+    return tl.load(ptrs, mask=item_mask[:, None] & (dimensions < D)[None, :], other=0.0)
+
+
+@triton.jit
+def product_tiles(
+    x_ptr,
+    y_ptr,
+    rows,
+    row_mask,
+    columns,
+    column_mask,
+    D,
+    stride_x_item,
+    stride_x_dimension,
+    stride_y_item,
+    stride_y_dimension,
+    WITH_LOGITS: tl.constexpr,
+    WITH_TEACHER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """x_i y_j, y_i x_j and x_i x_j + y_i y_j in float32; those not asked for stay zero."""
+    logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    transposed_logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    teacher = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for first in range(0, D, BLOCK_D):
+        dimensions = first + tl.arange(0, BLOCK_D)
+        x_rows = load_tile(x_ptr, rows, row_mask, dimensions, D, stride_x_item, stride_x_dimension)
+        y_rows = load_tile(y_ptr, rows, row_mask, dimensions, D, stride_y_item, stride_y_dimension)
+        x_columns = load_tile(x_ptr, columns, column_mask, dimensions, D, stride_x_item, stride_x_dimension)
+        y_columns = load_tile(y_ptr, columns, column_mask, dimensions, D, stride_y_item, stride_y_dimension)
+        if WITH_LOGITS:
+            logits = tl.dot(x_rows, tl.trans(y_columns), logits, input_precision="tf32x3")
+            transposed_logits = tl.dot(y_rows, tl.trans(x_columns), transposed_logits, input_precision="tf32x3")
+        if WITH_TEACHER:
+            teacher = tl.dot(x_rows, tl.trans(x_columns), teacher, input_precision="tf32x3")
+            teacher = tl.dot(y_rows, tl.trans(y_columns), teacher, input_precision="tf32x3")
+    return logits, transposed_logits, teacher
+
+
+@triton.jit
+def softmax_parts(scores, AXIS: tl.constexpr):
+    """(log2-sum-exp2, exponentials, their sums) along an axis; -inf marks what does not count."""
+    largest = tl.max(scores, AXIS)
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    exponentials = tl.exp2(scores - tl.expand_dims(shift, AXIS))
+    sums = tl.sum(exponentials, AXIS)
+    return shift + tl.log2(sums), exponentials, sums
+
+
+@triton.jit
+def store_statistics(
+    out_ptr,
+    part,
+    local,
+    local_mask,
+    length,
+    own_logits,
+    other_logits,
+    teacher,
+    mask,
+    on_diagonal,
+    AXIS: tl.constexpr,
+    SOFT: tl.constexpr,
+    ROW_NORMALIZED: tl.constexpr,
+):
+    """Reduce one tile along an axis and leave part `part` of [parts, 4, length]."""
+    out_ptrs = out_ptr + part.to(tl.int64) * 4 * length + local
+    row_lse, _, _ = softmax_parts(tl.where(mask, own_logits, float("-inf")), AXIS)
+    column_lse, _, _ = softmax_parts(tl.where(mask, other_logits, float("-inf")), AXIS)
+    tl.store(out_ptrs, row_lse, mask=local_mask)
+    tl.store(out_ptrs + length, column_lse, mask=local_mask)
+    if SOFT:
+        teacher_lse, exponentials, sums = softmax_parts(tl.where(mask, teacher, float("-inf")), AXIS)
+        weighed = own_logits + other_logits if ROW_NORMALIZED else 2.0 * own_logits
+        target_logits = tl.sum(exponentials * weighed, AXIS) / sums
+        tl.store(out_ptrs + 2 * length, teacher_lse, mask=local_mask)
+    else:
+        target_logits = tl.sum(tl.where(on_diagonal, 2.0 * own_logits, 0.0), AXIS)
+        tl.store(out_ptrs + 2 * length, tl.zeros_like(target_logits), mask=local_mask)
+    tl.store(out_ptrs + 3 * length, target_logits, mask=local_mask)
+
+
+@triton.jit
+def statistics_kernel(
+    x_ptr,
+    y_ptr,
+    temperature_ptr,
+    for_rows_ptr,
+    for_columns_ptr,
+    first_row,
+    rows_count,
+    first_column,
+    columns_count,
+    D,
+    stride_x_item,
+    stride_x_dimension,
+    stride_y_item,
+    stride_y_dimension,
+    SOFT: tl.constexpr,
+    ROW_NORMALIZED: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_block = tl.program_id(0)
+    column_block = tl.program_id(1)
+    local_rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    local_columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = local_rows < rows_count
+    column_mask = local_columns < columns_count
+    rows = first_row + local_rows
+    columns = first_column + local_columns
+    logits, transposed_logits, teacher = product_tiles(
+        x_ptr,
+        y_ptr,
+        rows,
+        row_mask,
+        columns,
+        column_mask,
+        D,
+        stride_x_item,
+        stride_x_dimension,
+        stride_y_item,
+        stride_y_dimension,
+        True,
+        SOFT,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_D,
+    )
+    temperature = tl.load(temperature_ptr)
+    logits *= BITS_PER_NAT / temperature
+    transposed_logits *= BITS_PER_NAT / temperature
+    teacher *= temperature * (0.5 * BITS_PER_NAT)
+    mask = row_mask[:, None] & column_mask[None, :]
+    on_diagonal = mask & (rows[:, None] == columns[None, :])
+    store_statistics(
+        for_rows_ptr,
+        column_block,
+        local_rows,
+        row_mask,
+        rows_count,
+        logits,
+        transposed_logits,
+        teacher,
+        mask,
+        on_diagonal,
+        1,
+        SOFT,
+        ROW_NORMALIZED,
+    )
+    if TWO_SIDED:
+        store_statistics(
+            for_columns_ptr,
+            row_block,
+            local_columns,
+            column_mask,
+            columns_count,
+            transposed_logits,
+            logits,
+            teacher,
+            mask,
+            on_diagonal,
+            0,
+            SOFT,
+            ROW_NORMALIZED,
+        )
+
+
+@triton.jit
+def bounded_softmax(scores, log_sum_exp, mask):
+    """exp2(scores - log_sum_exp), at most one where rounding of huge scores says otherwise, NaN kept, zero outside."""
+    exponents = scores - log_sum_exp
+    return tl.where(mask, tl.exp2(tl.where(exponents > 0, 0.0, exponents)), 0.0)
+
+
+@triton.jit
+def target_sums_kernel(
+    x_ptr,
+    y_ptr,
+    temperature_ptr,
+    teacher_lse_ptr,
+    column_lse_ptr,
+    for_rows_ptr,
+    for_columns_ptr,
+    first_row,
+    rows_count,
+    first_column,
+    columns_count,
+    D,
+    stride_x_item,
+    stride_x_dimension,
+    stride_y_item,
+    stride_y_dimension,
+    TWO_SIDED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_block = tl.program_id(0)
+    column_block = tl.program_id(1)
+    local_rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    local_columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = local_rows < rows_count
+    column_mask = local_columns < columns_count
+    rows = first_row + local_rows
+    columns = first_column + local_columns
+    _, _, teacher = product_tiles(
+        x_ptr,
+        y_ptr,
+        rows,
+        row_mask,
+        columns,
+        column_mask,
+        D,
+        stride_x_item,
+        stride_x_dimension,
+        stride_y_item,
+        stride_y_dimension,
+        False,
+        True,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_D,
+    )
+    teacher *= tl.load(temperature_ptr) * (0.5 * BITS_PER_NAT)
+    mask = row_mask[:, None] & column_mask[None, :]
+    targets = bounded_softmax(teacher, tl.load(teacher_lse_ptr + rows, mask=row_mask, other=0.0)[:, None], mask)
+    transposed_targets = bounded_softmax(
+        teacher, tl.load(teacher_lse_ptr + columns, mask=column_mask, other=0.0)[None, :], mask
+    )
+    c_columns = tl.load(column_lse_ptr + columns, mask=column_mask, other=0.0)
+    row_ptrs = for_rows_ptr + column_block.to(tl.int64) * 2 * rows_count + local_rows
+    tl.store(row_ptrs, tl.sum(transposed_targets, 1), mask=row_mask)
+    tl.store(row_ptrs + rows_count, tl.sum(targets * c_columns[None, :], 1), mask=row_mask)
+    if TWO_SIDED:
+        c_rows = tl.load(column_lse_ptr + rows, mask=row_mask, other=0.0)
+        column_ptrs = for_columns_ptr + row_block.to(tl.int64) * 2 * columns_count + local_columns
+        tl.store(column_ptrs, tl.sum(targets, 0), mask=column_mask)
+        tl.store(column_ptrs + columns_count, tl.sum(transposed_targets * c_rows[:, None], 0), mask=column_mask)
+
+
+@triton.jit
+def gradients_kernel(
+    x_ptr,
+    y_ptr,
+    temperature_ptr,
+    statistics_ptr,
+    logits_gradient_ptr,
+    transposed_gradient_ptr,
+    teacher_gradient_ptr,
+    temperature_parts_ptr,
+    items_count,
+    first_row,
+    rows_count,
+    first_column,
+    columns_count,
+    D,
+    stride_x_item,
+    stride_x_dimension,
+    stride_y_item,
+    stride_y_dimension,
+    SOFT: tl.constexpr,
+    ROW_NORMALIZED: tl.constexpr,
+    THROUGH_TEACHER: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_block = tl.program_id(0)
+    column_block = tl.program_id(1)
+    local_rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    local_columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = local_rows < rows_count
+    column_mask = local_columns < columns_count
+    rows = first_row + local_rows
+    columns = first_column + local_columns
+    logits, transposed_logits, teacher = product_tiles(
+        x_ptr,
+        y_ptr,
+        rows,
+        row_mask,
+        columns,
+        column_mask,
+        D,
+        stride_x_item,
+        stride_x_dimension,
+        stride_y_item,
+        stride_y_dimension,
+        True,
+        SOFT,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_D,
+    )
+    temperature = tl.load(temperature_ptr)
+    logits *= BITS_PER_NAT / temperature
+    transposed_logits *= BITS_PER_NAT / temperature
+    teacher *= temperature * (0.5 * BITS_PER_NAT)
+    mask = row_mask[:, None] & column_mask[None, :]
+
+    row_stats = statistics_ptr + rows
+    column_stats = statistics_ptr + columns
+    r_rows = tl.load(row_stats, mask=row_mask, other=0.0)[:, None]
+    r_columns = tl.load(column_stats, mask=column_mask, other=0.0)[None, :]
+    c_rows = tl.load(row_stats + items_count, mask=row_mask, other=0.0)[:, None]
+    c_columns = tl.load(column_stats + items_count, mask=column_mask, other=0.0)[None, :]
+    q_rows = tl.load(row_stats + 3 * items_count, mask=row_mask, other=0.0)[:, None]
+    q_columns = tl.load(column_stats + 3 * items_count, mask=column_mask, other=0.0)[None, :]
+    d_logits = bounded_softmax(logits, r_rows, mask) + q_columns * bounded_softmax(logits, c_columns, mask)
+    d_transposed = bounded_softmax(transposed_logits, r_columns, mask)
+    d_transposed += q_rows * bounded_softmax(transposed_logits, c_rows, mask)
+    if SOFT:
+        s_rows = tl.load(row_stats + 2 * items_count, mask=row_mask, other=0.0)[:, None]
+        s_columns = tl.load(column_stats + 2 * items_count, mask=column_mask, other=0.0)[None, :]
+        targets = bounded_softmax(teacher, s_rows, mask)
+        transposed_targets = bounded_softmax(teacher, s_columns, mask)
+        if ROW_NORMALIZED:
+            d_logits -= targets + transposed_targets
+            d_transposed -= targets + transposed_targets
+        else:
+            d_logits -= 2.0 * targets
+            d_transposed -= 2.0 * transposed_targets
+    else:
+        on_diagonal = mask & (rows[:, None] == columns[None, :])
+        d_logits -= tl.where(on_diagonal, 2.0, 0.0)
+        d_transposed -= tl.where(on_diagonal, 2.0, 0.0)
+
+    tile_offsets = local_rows.to(tl.int64)[:, None] * columns_count + local_columns[None, :]
+    d_temperature = -tl.sum(d_logits * logits)
+    if TWO_SIDED:
+        d_temperature -= tl.sum(d_transposed * transposed_logits)
+    d_logits /= temperature
+    d_transposed /= temperature
+    tl.store(logits_gradient_ptr + tile_offsets, d_logits.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
+    tl.store(transposed_gradient_ptr + tile_offsets, d_transposed.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
+    if THROUGH_TEACHER:
+        rho_rows = tl.load(row_stats + 4 * items_count, mask=row_mask, other=0.0)[:, None]
+        rho_columns = tl.load(column_stats + 4 * items_count, mask=column_mask, other=0.0)[None, :]
+        if ROW_NORMALIZED:
+            d_targets = -logits - transposed_logits
+            d_transposed_targets = d_targets
+        else:
+            d_targets = c_columns - 2.0 * logits
+            d_transposed_targets = c_rows - 2.0 * transposed_logits
+        d_teacher = targets * (d_targets - rho_rows) + transposed_targets * (d_transposed_targets - rho_columns)
+        d_temperature += tl.sum(d_teacher * teacher) * (NATS_PER_BIT if TWO_SIDED else 0.5 * NATS_PER_BIT)
+        d_teacher *= temperature * (0.5 * NATS_PER_BIT)
+        tl.store(teacher_gradient_ptr + tile_offsets, d_teacher.to(teacher_gradient_ptr.dtype.element_ty), mask=mask)
+    part = row_block * tl.num_programs(1) + column_block
+    tl.store(temperature_parts_ptr + part, d_temperature * NATS_PER_BIT)
+
+
+def _grid(config: TileConfig, rows: Span, columns: Span) -> tuple[int, int]:
+    return triton.cdiv(rows[1] - rows[0], config.block_rows), triton.cdiv(columns[1] - columns[0], config.block_columns)
+
+
+def _launch(kernel, config: TileConfig, rows: Span, columns: Span, pointers, x, y, options, *, items: bool = False):
+    counts = (len(x),) if items else ()
+    kernel[_grid(config, rows, columns)](
+        *pointers,
+        *counts,
+        rows[0],
+        rows[1] - rows[0],
+        columns[0],
+        columns[1] - columns[0],
+        x.shape[1],
+        *x.stride(),
+        *y.stride(),
+        **options,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_COLUMNS=config.block_columns,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+
+
+def statistics(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    temperature: torch.Tensor,
+    rows: Span,
+    columns: Span,
+    *,
+    soft: bool,
+    row_normalized: bool,
+    two_sided: bool,
+    config: TileConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """First-sweep parts of a block: log-sum-exps of L's rows, L's columns and S's rows, and target logits.
+
+    Args:
+        x, y: [B, D], float32, float16 or bfloat16, any strides.
+        temperature: one float32 on the same device.
+        rows, columns: the spans of items.
+        soft, row_normalized, two_sided: which loss, and whether the columns' items are served too.
+
+    Returns:
+        [column blocks, 4, rows] and, if two-sided, [row blocks, 4, columns], float32.
+    """
+    config = config or CONFIGS["statistics", x.element_size()]
+    row_blocks, column_blocks = _grid(config, rows, columns)
+    for_rows = x.new_empty(column_blocks, 4, rows[1] - rows[0], dtype=torch.float32)
+    for_columns = x.new_empty(row_blocks, 4, columns[1] - columns[0], dtype=torch.float32) if two_sided else None
+    options = {"SOFT": soft, "ROW_NORMALIZED": row_normalized, "TWO_SIDED": two_sided}
+    _launch(statistics_kernel, config, rows, columns, (x, y, temperature, for_rows, for_columns), x, y, options)
+    return for_rows, for_columns
+
+
+def target_sums(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    temperature: torch.Tensor,
+    teacher_lse: torch.Tensor,
+    column_lse: torch.Tensor,
+    rows: Span,
+    columns: Span,
+    *,
+    two_sided: bool,
+    config: TileConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Second-sweep parts: sum_j T_ji and sum_j T_ij c_j, [column blocks, 2, rows] and [row blocks, 2, columns]."""
+    config = config or CONFIGS["target_sums", x.element_size()]
+    row_blocks, column_blocks = _grid(config, rows, columns)
+    for_rows = x.new_empty(column_blocks, 2, rows[1] - rows[0], dtype=torch.float32)
+    for_columns = x.new_empty(row_blocks, 2, columns[1] - columns[0], dtype=torch.float32) if two_sided else None
+    pointers = (x, y, temperature, teacher_lse, column_lse, for_rows, for_columns)
+    _launch(target_sums_kernel, config, rows, columns, pointers, x, y, {"TWO_SIDED": two_sided})
+    return for_rows, for_columns
+
+
+def gradients(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    temperature: torch.Tensor,
+    statistics: torch.Tensor,
+    rows: Span,
+    columns: Span,
+    tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    *,
+    soft: bool,
+    row_normalized: bool,
+    two_sided: bool,
+    config: TileConfig | None = None,
+) -> torch.Tensor:
+    """Write dL_ij / tau, dL_ji / tau and, unless its tile is None, tau/2 (dS_ij + dS_ji), in units of 1/(2B).
+
+    Args:
+        statistics: [5, B] contiguous float32: r, c, s, q, rho.
+        tiles: three contiguous [rows, columns] buffers.
+
+    Returns:
+        Parts of tau times the temperature's gradient, float32, one per program.
+    """
+    config = config or CONFIGS["gradients", x.element_size()]
+    row_blocks, column_blocks = _grid(config, rows, columns)
+    parts = x.new_empty(row_blocks * column_blocks, dtype=torch.float32)
+    options = {
+        "SOFT": soft,
+        "ROW_NORMALIZED": row_normalized,
+        "THROUGH_TEACHER": tiles[2] is not None,
+        "TWO_SIDED": two_sided,
+    }
+    pointers = (x, y, temperature, statistics, *tiles, parts)
+    _launch(gradients_kernel, config, rows, columns, pointers, x, y, options, items=True)
+    return parts
