@@ -15,6 +15,7 @@ How to enter a kernel. A module with device code has beside it a table, a module
     bytes_floor   bytes that any implementation must move
     flops         operations, two per multiply-add
     tensor_cores  False for a kernel without matrix products
+    fp_fusion     whether the launcher lets multiplications and additions fuse
 
 It fails if a chip would spill registers, lacks the shared memory, or if a kernel with matrix products has no
 tensor-core instruction. The process must not run with TRITON_INTERPRET=1. Results are kept by Triton's own cache.
@@ -35,7 +36,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TABLES = ("sda_fast.kernels.moda_variants",)
+TABLES = (
+    "sda_fast.kernels.moda_variants",
+    "sda_fast.kernels.nf4_variants",
+)
 
 # Bytes of shared memory one program may use. Code for sm_80 also runs on sm_86 and sm_89, which have the least.
 SHARED_MEMORY_LIMIT = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448}
@@ -63,6 +67,7 @@ class KernelVariant:
     flops: int
     aligned: tuple[str, ...] = ()
     tensor_cores: bool = True
+    fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,11 @@ def compile_variant(variant: KernelVariant, target: str) -> triton.compiler.Comp
         constexprs=dict(variant.constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "enable_fp_fusion": variant.fp_fusion,
+    }
     return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
 
 

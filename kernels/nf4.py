@@ -2,8 +2,8 @@
 
 Layout: codes row-major over the flattened [N, K] matrix, two to a byte, the high nibble first; a block of `blocksize`
 elements of the flattened matrix shares one scale, so blocks may straddle rows and the last may be partial. Scales are
-float32, or 8-bit codes: absmax = nested_code[code8] * nested_absmax[block // nested_blocksize] + offset. Statistics come
-as a list: [absmax, code], or [absmax codes, code, nested absmax, nested code, offset].
+float32, or 8-bit codes: absmax = nested_code[code8] * nested_absmax[block // nested_blocksize] + offset. Statistics are
+a list: [absmax, code], or [absmax codes, code, nested absmax, nested code, offset].
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sda_fast.kernels.gating import load_gated
 # How a tile of the weight lies on blocks and bytes.
 ALIGNED, EVEN, ODD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LARGEST_SMALL_M = 64
+FINISH_COLUMNS = 32
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def block_scale(
 def decode_tile(
     data_ptr,
     absmax_ptr,
-    code_ptr,
+    table,
     nested_absmax_ptr,
     nested_code_ptr,
     offset_ptr,
@@ -55,14 +56,18 @@ def decode_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Rows `rows`, columns first_column ... + BLOCK_K - 1 of the weight, float32, anything outside the matrix."""
+    """Rows `rows`, columns first_column ... + BLOCK_K - 1 of the weight, float32, anything finite outside the matrix.
+
+    `table` holds the 16 values. Looking them up with a gather (through shared memory) takes the fewest instructions.
+    """
     row_start = rows.to(tl.int64)[:, None] * K + first_column
     if PLACEMENT == ODD:
         inner = tl.arange(0, BLOCK_K)[None, :]
         index = row_start + inner
         mask = (rows < N)[:, None] & (first_column + inner < K) & (index < elements)
         byte = tl.load(data_ptr + index // 2, mask=mask, other=0).to(tl.int32)
-        value = tl.load(code_ptr + ((byte >> (4 - 4 * (index % 2)).to(tl.int32)) & 15))
+        code = (byte >> (4 - 4 * (index % 2)).to(tl.int32)) & 15
+        value = tl.reshape(tl.gather(table, tl.reshape(code, (BLOCK_N * BLOCK_K,)), 0), (BLOCK_N, BLOCK_K))
         scale = block_scale(
             absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, index // BLOCKSIZE, mask, NESTED_BLOCKSIZE
         )
@@ -72,12 +77,13 @@ def decode_tile(
         index = row_start + pair
         mask = (rows < N)[:, None] & (first_column + pair < K) & (index < elements)
         byte = tl.load(data_ptr + row_start // 2 + pair // 2, mask=mask, other=0).to(tl.int32)
-        even, odd = tl.load(code_ptr + (byte >> 4)), tl.load(code_ptr + (byte & 15))
+        code = tl.reshape(tl.join(byte >> 4, byte & 15), (BLOCK_N * BLOCK_K,))
+        value = tl.gather(table, code, 0)
         if PLACEMENT == EVEN:
             scale = block_scale(
                 absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, index // BLOCKSIZE, mask, NESTED_BLOCKSIZE
             )
-            return tl.reshape(tl.join(even * scale, odd * scale), (BLOCK_N, BLOCK_K))
+            value = tl.reshape(value, (BLOCK_N, BLOCK_K // 2, 2)) * scale[:, :, None]
         else:
             BLOCKS: tl.constexpr = BLOCK_K // BLOCKSIZE if BLOCK_K > BLOCKSIZE else 1
             start = tl.arange(0, BLOCKS)[None, :] * BLOCKSIZE
@@ -86,8 +92,8 @@ def decode_tile(
             scale = block_scale(
                 absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, mask, NESTED_BLOCKSIZE
             )
-            values = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCKS, BLOCK_K // BLOCKS))
-            return tl.reshape(values * scale[:, :, None], (BLOCK_N, BLOCK_K))
+            value = tl.reshape(value, (BLOCK_N, BLOCKS, BLOCK_K // BLOCKS)) * scale[:, :, None]
+        return tl.reshape(value, (BLOCK_N, BLOCK_K))
 
 
 @triton.jit
@@ -125,7 +131,7 @@ def decode_kernel(
     weight = decode_tile(
         data_ptr,
         absmax_ptr,
-        code_ptr,
+        tl.load(code_ptr + tl.arange(0, 16)).to(tl.float32),
         nested_absmax_ptr,
         nested_code_ptr,
         offset_ptr,
@@ -189,6 +195,7 @@ def small_product_kernel(
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     x_row_ptrs = x_ptr + rows.to(tl.int64)[None, :] * stride_x_row
+    table = tl.load(code_ptr + tl.arange(0, 16)).to(tl.float32)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     first_block = split * blocks_per_split
     for block in range(first_block, tl.minimum(first_block + blocks_per_split, tl.cdiv(K, BLOCK_K))):
@@ -198,7 +205,7 @@ def small_product_kernel(
         weight = decode_tile(
             data_ptr,
             absmax_ptr,
-            code_ptr,
+            table,
             nested_absmax_ptr,
             nested_code_ptr,
             offset_ptr,
@@ -297,6 +304,18 @@ def placement_of(columns: int, blocksize: int) -> int:
     return EVEN.value if columns % 2 == 0 else ODD.value
 
 
+def decode_blocks(rank: int) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile and its warps, for decoding with a fold of total rank `rank` (0: none)."""
+    if rank == 0:
+        return 8, 512, 4
+    return (64, 64, 4) if rank <= 64 else (32, 64, 4)
+
+
+def small_product_blocks(M: int, element_size: int) -> tuple[int, int, int]:
+    """Rows, outputs and inputs that a program of the small product works on at a time."""
+    return max(16, triton.next_power_of_2(M)), 64, 128 if element_size == 2 else 64
+
+
 def unpack_statistics(statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
     """(absmax, code, nested absmax, nested code, offset); the last three None for plain statistics."""
     return (*statistics, *(None,) * (5 - len(statistics)))
@@ -338,14 +357,11 @@ def decode_4bit(
         return weight
     has_fold = lora_A is not None and lora_B is not None and gates is not None and lora_A.shape[0] > 0
     R = lora_A.shape[0] if has_fold else 0
-    block_r = padded_rank(R)
-    if has_fold:
-        block_n, block_k, num_warps = (64, 64, 4) if block_r <= 64 else (32, 64, 4)
-    else:
+    if not has_fold:
         # Nothing depends on where rows begin: cut the flattened matrix into rows of whole blocks.
         K = max(blocksize, 512)
         N = triton.cdiv(elements, K)
-        block_n, block_k, num_warps = 8, 512, 4
+    block_n, block_k, num_warps = decode_blocks(R)
     absmax, code, nested_absmax, nested_code, offset = unpack_statistics(statistics)
     decode_kernel[(triton.cdiv(N, block_n) * triton.cdiv(K, block_k),)](
         data,
@@ -372,7 +388,7 @@ def decode_4bit(
         PLACEMENT=placement_of(K, blocksize),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        BLOCK_R=block_r,
+        BLOCK_R=padded_rank(R),
         num_warps=num_warps,
         num_stages=1,
         enable_fp_fusion=False,
@@ -403,7 +419,8 @@ def small_linear_4bit(
         x: [M, K], M at most 64, float32, float16 or bfloat16, unit column stride; rows may be strided.
         data, statistics, blocksize, nested_blocksize: as in `decode_4bit`; the weight is [out_features, K].
         bias: [N] or None.
-        h, lora_B, gates, modality_ids, scaling, rows_per_sequence: as in `expand_add`; h None for the frozen layer alone.
+        h, lora_B, gates, modality_ids, scaling, rows_per_sequence: as in `expand_add`; h is None for the
+            frozen layer alone.
         out: [M, N], dtype of x, unit column stride; allocated if absent.
     Returns:
         y, [M, N], dtype of x.
@@ -416,7 +433,7 @@ def small_linear_4bit(
     y = torch.empty(M, N, dtype=x.dtype, device=x.device) if out is None else out
     if M == 0 or N == 0:
         return y
-    block_m, block_n, block_k = max(16, triton.next_power_of_2(M)), 64, 128 if x.element_size() == 2 else 64
+    block_m, block_n, block_k = small_product_blocks(M, x.element_size())
     blocks_of_columns = triton.cdiv(K, block_k)
     splits = max(1, min(programs_wanted(x.device) // triton.cdiv(N, block_n), blocks_of_columns // 2))
     blocks_per_split = triton.cdiv(blocks_of_columns, splits)
@@ -445,8 +462,7 @@ def small_linear_4bit(
     )
     has_lora = h is not None and h.shape[1] > 0
     R = h.shape[1] if has_lora else 0
-    finish_columns = 32
-    finish_product_kernel[(triton.cdiv(N, finish_columns),)](
+    finish_product_kernel[(triton.cdiv(N, FINISH_COLUMNS),)](
         parts,
         bias,
         h if has_lora else None,
@@ -470,7 +486,7 @@ def small_linear_4bit(
         HAS_LORA=has_lora,
         GATE_PER_ROW=modality_ids is None,
         BLOCK_M=block_m,
-        BLOCK_N=finish_columns,
+        BLOCK_N=FINISH_COLUMNS,
         BLOCK_R=rank_block(torch.float32, R),
         PADDED_R=padded_rank(R),
         num_warps=4,
