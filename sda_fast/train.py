@@ -26,7 +26,7 @@ from sda_fast.run_log import RunLog, read_log
 from sda_fast.sampler import BatchOrder, rank_slice
 from sda_fast.train_config import FinetuneConfig, preset
 from sda_fast.train_state import TrainingState, build_state
-from sda_fast.train_step import ContrastiveStep, is_out_of_memory, training_mode
+from sda_fast.train_step import ContrastiveStep, fitting_chunk_size, is_out_of_memory, training_mode
 
 __all__ = ["ConfigMismatchError", "FinetuneConfig", "FinetuneResult", "NonFiniteLossError", "finetune", "preset"]
 
@@ -164,6 +164,9 @@ def _train(
     )
     try:
         with training_mode(state.lvlm, gradient_checkpointing=config.gradient_checkpointing):
+            if config.chunk_size == "auto" and state.step == 0:
+                state.chunk_size = fitting_chunk_size(contrastive_step, maker, catalogue.items, mine.stop - mine.start)
+                logger.info("chunk size: %s", state.chunk_size or "the whole batch")
             while state.step < total_steps:
                 started = time.perf_counter()
                 rate = config.learning_rate_at(state.step, total_steps)

@@ -227,8 +227,8 @@ class FinetuneConfig:
 
     def prompts(self) -> PromptConfig:
         """What the model is shown of an item."""
-        words = {} if self.image_instruction is None else {"image_instruction": self.image_instruction}
-        return PromptConfig(fields=self.fields, pool_template=self.pool_template, **words)
+        instruction = PromptConfig.image_instruction if self.image_instruction is None else self.image_instruction
+        return PromptConfig(image_instruction=instruction, fields=self.fields, pool_template=self.pool_template)
 
     def loss_width(self, lvlm: LVLM) -> int | None:
         """Width of the vectors in the loss for a model; None: the model's own."""

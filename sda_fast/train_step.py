@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sda_fast.batches import Batch, Chunk
-from sda_fast.losses.cached import cached_contrastive_step
+from sda_fast.batches import Batch, BatchMaker, Chunk, image_area
+from sda_fast.data.items import Item
+from sda_fast.losses.cached import RandomState, cached_contrastive_step
 from sda_fast.lvlm.encode import encode, reduce_buckets, tower_features
 from sda_fast.lvlm.load import LVLM
+from sda_fast.lvlm.prompts import attribute_text
+
+CPU_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,48 @@ def training_mode(lvlm: LVLM, *, gradient_checkpointing: bool) -> Iterator[None]
     lvlm.model.eval()
     decoder.train()
     if gradient_checkpointing:
-        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        renamed = hasattr(decoder, "activation_checkpointing_enable")
+        enable = decoder.activation_checkpointing_enable if renamed else decoder.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        # transformers makes the embeddings require a gradient, which only re-entrant checkpointing needs.
+        decoder.disable_input_require_grads()
     try:
         yield
     finally:
         if gradient_checkpointing:
-            decoder.gradient_checkpointing_disable()
+            renamed = hasattr(decoder, "activation_checkpointing_disable")
+            (decoder.activation_checkpointing_disable if renamed else decoder.gradient_checkpointing_disable)()
         lvlm.model.eval()
+
+
+def fitting_chunk_size(step: ContrastiveStep, maker: BatchMaker, items: Sequence[Item], batch_size: int) -> int | None:
+    """The largest of batch_size, a half, a quarter ... items whose chunks fit into memory; None if a whole batch does.
+
+    Tries a forward and a backward pass over the longest image sequences and the longest texts of `items`. On the CPU,
+    where running out of memory ends the process, it starts from 32. Leaves gradients and random states as they were.
+    """
+    by_area = sorted(items, key=lambda item: -image_area(item, maker.image_options))
+    by_length = sorted(items, key=lambda item: -len(attribute_text(item, maker.prompts)))
+    largest = batch_size if step.lvlm.device.type == "cuda" else min(batch_size, CPU_CHUNK)
+    random_state = RandomState.now()
+    parameters = [parameter for parameter in step.lvlm.model.parameters() if parameter.requires_grad]
+    size = largest
+    while True:
+        chunks = {"image": maker.image_chunk(by_area[:size]), "text": maker.text_chunk(by_length[:size])}
+        fits = True
+        try:
+            for modality, tensors in chunks.items():
+                torch.autograd.grad(step.encode(Chunk(tensors), modality).sum(), parameters, allow_unused=True)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+            fits = False
+        random_state.restore()
+        if fits:
+            return None if size == batch_size else size
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        size = (size + 1) // 2
 
 
 def is_out_of_memory(error: BaseException) -> bool:

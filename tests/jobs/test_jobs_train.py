@@ -245,10 +245,14 @@ def test_out_of_memory_halves_the_chunk_and_says_so(finetune_config, tmp_path, m
         return encode(self, chunk, modality)
 
     monkeypatch.setattr(train.ContrastiveStep, "encode", small_card)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         small = finetune(finetune_config(output=tmp_path / "small", **settings))
-    assert "chunks of 3 items" in caplog.text and "chunks of 2 items" in caplog.text
+        assert "chunks of 3 items" in caplog.text and "chunks of 2 items" in caplog.text
+        caplog.clear()
+        chosen = finetune(finetune_config(output=tmp_path / "chosen", chunk_size="auto", **settings))
+        assert "chunk size: 2" in caplog.text and "out of memory" not in caplog.text
     assert small.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert chosen.losses == pytest.approx(whole.losses, rel=1e-4)
 
 
 def test_checkpoints_are_pruned_and_hold_no_pickle(finetune_config):
