@@ -12,6 +12,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from sda_fast.data.atomic import atomic_write
@@ -23,7 +24,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 NEUTRAL = "#8a929c"
 INK = "#1d2127"
 RESOLUTION = 160
-LOOK: dict[str, Any] = {
+LOOK: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
@@ -53,7 +54,7 @@ def draw_loss_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]
     """
     with plt.rc_context(LOOK):
         figure, axes = plt.subplots(
-            1, len(logs), figsize=(max(5.5, 4.2 * len(logs)), 3.2), squeeze=False, layout="constrained"
+            1, len(logs), figsize=(max(5.5, 3.6 * len(logs)), 3.2), squeeze=False, layout="constrained"
         )
         for axis, (name, records) in zip(axes[0], logs.items(), strict=True):
             steps = np.array([record["step"] for record in records])
@@ -74,6 +75,7 @@ def draw_loss_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]
 
 def draw_similarity_maps(path: Path, similarities: Mapping[str, np.ndarray], labels: Sequence[str]) -> None:
     """Heat maps image x text with one common scale; lines part the groups of equal `labels`."""
+    limit = max(float(np.quantile(np.abs(similarity), 0.995)) for similarity in similarities.values()) or 1.0
     starts = [position for position, label in enumerate(labels) if position == 0 or labels[position - 1] != label]
     middles = [(first + last - 1) / 2 for first, last in zip(starts, [*starts[1:], len(labels)], strict=True)]
     grouped = len(starts) < len(labels)
@@ -82,7 +84,7 @@ def draw_similarity_maps(path: Path, similarities: Mapping[str, np.ndarray], lab
             1, len(similarities), figsize=(1.9 + 3.6 * len(similarities), 4.2), squeeze=False, layout="constrained"
         )
         for axis, (name, similarity) in zip(axes[0], similarities.items(), strict=True):
-            picture = axis.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            picture = axis.imshow(similarity, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             axis.set_title(name)
             axis.set_xlabel("text of item")
             axis.set_xticks([])
@@ -96,7 +98,7 @@ def draw_similarity_maps(path: Path, similarities: Mapping[str, np.ndarray], lab
             axes[0][0].set_yticks(middles, [_shorten(labels[start], 18) for start in starts], fontsize=9)
             axes[0][0].tick_params(axis="y", length=0)
         axes[0][0].set_ylabel("image of item")
-        bar = figure.colorbar(picture, ax=axes[0].tolist(), shrink=0.8, pad=0.015)
+        bar = figure.colorbar(picture, ax=axes[0].tolist(), shrink=0.8, pad=0.015, extend="both")
         bar.set_label("cosine, means taken away")
         bar.outline.set_visible(False)  # type: ignore[operator]
         _save(figure, path)
@@ -122,18 +124,18 @@ def draw_metric_bars(
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
         for axis, (name, of_method) in zip(axes[0], panels.items(), strict=True):
             for place, method in enumerate(methods):
-                row = of_method.get(method)
-                if row is None:
+                if method not in of_method:
                     continue
+                row = of_method[method]
                 axis.barh(place, row.mean, height=0.68, color=colours.get(method, NEUTRAL))
                 if row.std is not None:
                     axis.errorbar(row.mean, place, xerr=row.std, color=INK, linewidth=1, capsize=2)
                 axis.text(row.mean + (row.std or 0) + 0.02 * top, place, f"{row.mean:.3f}", va="center", fontsize=9)
             if popularity is not None:
-                axis.axvline(popularity, color=INK, linestyle=(0, (3, 2)), linewidth=1)
+                axis.axvline(popularity, color=INK, linestyle=(0, (3, 2)), linewidth=1, zorder=0)
             axis.set_title(name)
             axis.set_xlim(0, 1.22 * top)
-            axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+            axis.xaxis.set_major_locator(MaxNLocator(3, prune="upper"))
             axis.tick_params(axis="y", length=0)
             axis.spines["left"].set_visible(False)
         axes[0][0].set_yticks(range(len(methods)), methods)
