@@ -164,23 +164,23 @@ __global__ void __launch_bounds__(kThreads, ctas_per_multiprocessor(kColumnTiles
   }
 }
 
-// Any K, any alignment, any M: a warp computes one column of y, eight rows of x at a time, in float32 throughout.
+// Any K, any alignment, any M: a warp computes one column of y, four rows of x at a time, in float32 throughout.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) linear_any_kernel(PackedWeight weight, LinearPointers linear) {
+__global__ void __launch_bounds__(kThreads, 4) linear_any_kernel(PackedWeight weight, LinearPointers linear) {
   const int lane = threadIdx.x % 32;
   for (int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; n < linear.N; n += int64_t(gridDim.x) * kWarps) {
-    for (int first_m = 0; first_m < linear.M; first_m += 8) {
-      float sums[8] = {};
+    for (int first_m = 0; first_m < linear.M; first_m += 4) {
+      float sums[4] = {};
       for (int64_t k = lane; k < linear.K; k += 32) {
         const float value = decode_element(weight, n * linear.K + k);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < 4; ++i) {
           const int m = first_m + i < linear.M ? first_m + i : linear.M - 1;
           sums[i] = multiply_add(value, T::widen(load_cached(linear.x + m * linear.K + k)), sums[i]);
         }
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 4; ++i) {
         for (int lanes = 16; lanes > 0; lanes /= 2) sums[i] += shuffle_xor(sums[i], lanes);
         const int m = first_m + i;
         if (lane == 0 && m < linear.M) {
@@ -208,8 +208,11 @@ void launch_tiles(const PackedWeight& weight, const LinearPointers& linear, cuda
 template <typename T, int kWords>
 void launch_words(const PackedWeight& weight, const LinearPointers& linear, cudaStream_t stream) {
   if (linear.M <= 8) return launch_tiles<T, kWords, 1, 1>(weight, linear, stream);
-  if (linear.M <= 16) return launch_tiles<T, kWords, 2, 2>(weight, linear, stream);
-  if (linear.M <= 32) return launch_tiles<T, kWords, 4, 2>(weight, linear, stream);
+  // Blocks of 32 are rare: two kernels do for them.
+  if constexpr (kWords > 1) {
+    if (linear.M <= 16) return launch_tiles<T, kWords, 2, 2>(weight, linear, stream);
+    if (linear.M <= 32) return launch_tiles<T, kWords, 4, 2>(weight, linear, stream);
+  }
   launch_tiles<T, kWords, 8, 4>(weight, linear, stream);
 }
 

@@ -5,6 +5,9 @@ import itertools
 import pytest
 import torch
 
+from sda_fast.ops.cuda_library import CODE_MULTIPLIERS
+from sda_fast.ops.quantized import QUANT_TYPES
+
 bitsandbytes = pytest.importorskip("bitsandbytes.functional")
 
 # Half a unit in the last place, relative, at worst.
@@ -116,7 +119,8 @@ LINEAR_CASES = [
 @pytest.mark.parametrize(("M", "N", "K", "block_size", "fast"), LINEAR_CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_is_no_less_accurate_than_decode_then_multiply(emulated_kernels, M, N, K, block_size, fast, dtype):
-    for quant_type, multiplier, nested in (("nf4", 1.4367, True), ("fp4", 3.0, False)):
+    for quant_type, nested in (("nf4", True), ("fp4", False)):
+        multiplier = CODE_MULTIPLIERS[QUANT_TYPES[quant_type]]
         packed, state = quantised((N, K), quant_type=quant_type, block_size=block_size, nested=nested, seed=M + N)
         generator = torch.Generator().manual_seed(K)
         x = torch.randn(M, K, generator=generator).to(dtype)
@@ -145,3 +149,13 @@ def test_linear_without_bias_and_update(emulated_kernels):
     assert emulated_kernels.linear(x, packed, state, None, None, None, 1.4367, out)
     exact = x.double() @ decoded(packed, state, torch.float32).double().T
     torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=0.02)
+
+
+def test_code_multipliers_lower_the_rounding_error_of_nf4_and_make_fp4_exact():
+    def rounding_error(quant_type, multiplier):
+        code = bitsandbytes.get_4bit_type(quant_type, device="cpu").double()
+        rounded = (code * multiplier).bfloat16().double() / multiplier
+        return ((rounded - code).square().sum() / code.square().sum()).sqrt()
+
+    assert rounding_error("nf4", CODE_MULTIPLIERS[QUANT_TYPES["nf4"]]) < 0.65 * rounding_error("nf4", 1.0)
+    assert rounding_error("fp4", CODE_MULTIPLIERS[QUANT_TYPES["fp4"]]) < 1e-7

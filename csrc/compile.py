@@ -1,0 +1,113 @@
+"""Builds the CUDA library with plain nvcc: `python csrc/compile.py OUTPUT.so`. Used by setup.py and by the tests.
+
+Only torch's stable ABI is used, so that a library built with one torch serves every later one; the CUDA runtime is
+linked in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+KERNEL_SOURCES = ("decode.cu", "decode_fold.cu", "linear.cu")
+BINDING_SOURCE = "binding.cpp"
+TARGETS = ("80", "86", "89", "90")
+# The oldest torch whose stable ABI the binding uses: 2.11.
+TORCH_TARGET_VERSION = "0x020b000000000000"
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: of CUDA_HOME, on the path, or in the usual place."""
+    for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if folder and (Path(folder) / "bin" / "nvcc").is_file():
+            return str(Path(folder) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def reason_not_to_build() -> str | None:
+    """Why the library cannot be built here, or None if it can."""
+    if os.name != "posix":
+        return "the CUDA library is built on Linux only"
+    if find_nvcc() is None:
+        return "no CUDA compiler was found (set CUDA_HOME)"
+    if find_spec("torch") is None:
+        return "torch is not in the build environment (use `pip install --no-build-isolation .`)"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return None
+
+
+def torch_folder() -> Path:
+    """Where torch keeps its headers and libraries."""
+    specification = find_spec("torch")
+    if specification is None or specification.origin is None:
+        raise RuntimeError("torch is not installed")
+    return Path(specification.origin).parent
+
+
+def gencode_flags(targets: tuple[str, ...]) -> list[str]:
+    """Machine code for each target, and PTX of the newest for later chips."""
+    flags = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    return [*flags, f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
+
+
+def object_command(source: str, output: Path, targets: tuple[str, ...] = TARGETS) -> list[str]:
+    """The command that compiles one source; kernels need nvcc alone, the binding also torch's headers."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no CUDA compiler was found (set CUDA_HOME)")
+    command = [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{HERE}", "-c", str(HERE / source)]
+    if source == BINDING_SOURCE:
+        command += [
+            "-x",
+            "cu",
+            f"-arch=sm_{targets[-1]}",
+            "-DUSE_CUDA",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        ]
+        command += [f"-I{torch_folder() / 'include'}"]
+    else:
+        command += ["-Xptxas=-v", *gencode_flags(targets)]
+    return [*command, "-o", str(output)]
+
+
+def link_command(objects: list[Path], output: Path) -> list[str]:
+    """The command that links the library against the torch that is installed."""
+    libraries = torch_folder() / "lib"
+    names = [name for name in ("torch_cpu", "torch_cuda") if (libraries / f"lib{name}.so").exists()]
+    return [
+        *(str(find_nvcc()), "-shared", "-cudart=static", *map(str, objects), f"-L{libraries}"),
+        *(f"-l{name}" for name in names),
+        *("-o", str(output)),
+    ]
+
+
+def build(output: Path, targets: tuple[str, ...] = TARGETS) -> None:
+    """Compile and link everything into `output`; raises CalledProcessError with the compiler's message printed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        objects = []
+        for source in (*KERNEL_SOURCES, BINDING_SOURCE):
+            objects.append(Path(folder) / f"{source}.o")
+            subprocess.run([*object_command(source, objects[-1], targets), "--threads=0"], check=True)
+        subprocess.run(link_command(objects, output), check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--targets", default=",".join(TARGETS), help="compute capabilities, e.g. 80,90")
+    arguments = parser.parse_args()
+    build(arguments.output, tuple(arguments.targets.split(",")))
+
+
+if __name__ == "__main__":
+    main()

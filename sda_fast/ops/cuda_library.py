@@ -1,0 +1,131 @@
+"""The optional CUDA library built from csrc/: whether it is there, and its three operations on described weights.
+
+Nothing is loaded at import. The library writes into tensors that the caller gives and knows no autograd; the operations
+of this package decide when to call it. Everything here also exists in Triton (sda_fast.kernels.nf4).
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sda_fast.ops.quantized import QUANT_TYPES, WeightLayout
+
+logger = logging.getLogger(__name__)
+
+LIBRARY_PATH = Path(__file__).with_name("libsda_fast_cuda.so")
+LARGEST_SMALL_M = 64
+# The code is rounded to 16 bits as code * multiplier, and the multiplier divided out of the float32 sum. FP4 becomes
+# exact; for NF4 in bfloat16 1.4367 minimises the rounding error (7.8e-4 of the weight, a decoded weight has 1.6e-3).
+CODE_MULTIPLIERS = {QUANT_TYPES["nf4"]: 1.4367, QUANT_TYPES["fp4"]: 3.0}
+
+
+@cache
+def load() -> bool:
+    """Load the library once; False where it was not built, cannot be loaded, or there is no CUDA device."""
+    if not LIBRARY_PATH.is_file() or not torch.cuda.is_available():
+        return False
+    try:
+        torch.ops.load_library(LIBRARY_PATH)
+    except OSError as error:
+        logger.warning("%s cannot be loaded, Triton is used instead: %s", LIBRARY_PATH, error)
+        return False
+    for name in ("decode_4bit", "decode_fold_4bit", "linear_4bit"):
+        torch.library.register_fake(f"sda_fast_cuda::{name}", lambda *arguments: None)
+    return True
+
+
+def is_available(device: torch.device | str = "cuda") -> bool:
+    """Whether tensors on `device` can be given to the library: it loads and the device has capability 8.0 or later."""
+    device = torch.device(device)
+    return device.type == "cuda" and load() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def weight_arguments(layout: WeightLayout, data: Tensor, statistics: list[Tensor]) -> tuple[object, ...]:
+    """The operations' arguments from `packed` to `nested_block_size` for a weight from `quantized.describe_weight`.
+
+    Raises:
+        ValueError: the weight is not 4-bit.
+    """
+    if layout.quant_type == 0:
+        raise ValueError("the CUDA library takes 4-bit weights, got a plain matrix")
+    if not layout.nested_blocksize:
+        absmax, code = statistics
+        return data, code.float(), absmax.float(), None, None, None, layout.blocksize, 0
+    absmax, code, nested_absmax, nested_code, offset = statistics
+    nested = (nested_code.float(), nested_absmax.float(), offset.float().reshape(1))
+    return data, code.float(), absmax, *nested, layout.blocksize, layout.nested_blocksize
+
+
+def decode(layout: WeightLayout, data: Tensor, statistics: list[Tensor], out: Tensor) -> Tensor:
+    """Decode a 4-bit weight; rounds code * scale once, equal to bitsandbytes bit for bit.
+
+    Args:
+        layout, data, statistics: from `quantized.describe_weight`, on one CUDA device.
+        out: [N, K] float16 or bfloat16, contiguous; overwritten.
+    Returns:
+        out.
+    """
+    torch.ops.sda_fast_cuda.decode_4bit(*weight_arguments(layout, data, statistics), out)
+    return out
+
+
+def decode_fold(
+    layout: WeightLayout,
+    data: Tensor,
+    statistics: list[Tensor],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gates: Tensor,
+    scaling: float,
+    out: Tensor,
+) -> Tensor:
+    """Decode a 4-bit weight plus one modality's update: code * scale + scaling * B diag(gates) A, rounded once.
+
+    Args:
+        layout, data, statistics: from `quantized.describe_weight`, on one CUDA device.
+        lora_A, lora_B: [R, K] and [N, R], both float32 or both bfloat16.
+        gates: [E] float32, one modality's; E divides R.
+        scaling: alpha / r.
+        out: [N, K] float16 or bfloat16, contiguous; overwritten.
+    Returns:
+        out.
+    """
+    weight = weight_arguments(layout, data, statistics)
+    torch.ops.sda_fast_cuda.decode_fold_4bit(
+        *weight, lora_A.contiguous(), lora_B.contiguous(), gates.float().contiguous(), scaling, out
+    )
+    return out
+
+
+def linear(
+    x: Tensor,
+    layout: WeightLayout,
+    data: Tensor,
+    statistics: list[Tensor],
+    bias: Tensor | None = None,
+    hidden: Tensor | None = None,
+    lora_B: Tensor | None = None,
+) -> Tensor:
+    """Small product with a 4-bit weight, x W^T + bias + hidden B^T, accumulated in float32 and rounded once.
+
+    Args:
+        x: [M, K] float16 or bfloat16; meant for M <= 64, right but slow above.
+        layout, data, statistics: from `quantized.describe_weight`, on x's device.
+        bias: [N] of x's dtype.
+        hidden: [M, R] float32, the gated h * G of the low-rank part; needs lora_B.
+        lora_B: [N, R] float32 or bfloat16.
+    Returns:
+        [M, N] of x's dtype.
+    """
+    out = x.new_empty(x.shape[0], layout.out_features)
+    weight = weight_arguments(layout, data, statistics)
+    hidden = None if hidden is None else hidden.float().contiguous()
+    lora_B = None if lora_B is None else lora_B.contiguous()
+    multiplier = CODE_MULTIPLIERS[layout.quant_type]
+    torch.ops.sda_fast_cuda.linear_4bit(x.contiguous(), *weight, bias, hidden, lora_B, multiplier, out)
+    return out

@@ -1,0 +1,123 @@
+"""nvcc compiles every kernel for every target within its resources, and the binding registers with this torch."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+specification = importlib.util.spec_from_file_location("csrc_compile", ROOT / "csrc" / "compile.py")
+csrc_compile = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(csrc_compile)
+
+pytestmark = pytest.mark.skipif(csrc_compile.find_nvcc() is None, reason="nvcc not found")
+
+# A multiprocessor has 65536 registers; CTAs have 256 threads. Static shared memory ends at 48 KiB.
+REGISTER_LIMITS = {
+    "decode_kernel": 64,
+    "decode_fold_kernel": 128,
+    "decode_fold_any_kernel": 64,
+    "linear_any_kernel": 64,
+}
+LINEAR_REGISTER_LIMITS = {1: 85, 2: 128, 4: 128, 8: 255}
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<target>\d+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+    r".*?Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?",
+    re.DOTALL,
+)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """Object file and ptxas report of every kernel source."""
+    folder = tmp_path_factory.mktemp("csrc")
+    built = {}
+    for source in csrc_compile.KERNEL_SOURCES:
+        output = folder / f"{source}.o"
+        done = subprocess.run(csrc_compile.object_command(source, output), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "warning" not in done.stderr
+        built[source] = (output, done.stdout + done.stderr)
+    return built
+
+
+def register_limit(mangled_name):
+    linear = re.search(r"linear_kernelI.*?Li(\d)ELi(\d)ELi(\d)E", mangled_name)
+    if linear:
+        return LINEAR_REGISTER_LIMITS[int(linear[2])]
+    return next(limit for name, limit in REGISTER_LIMITS.items() if f"{len(name)}{name}" in mangled_name)
+
+
+def test_no_kernel_spills_or_exceeds_its_resources_on_any_target(objects):
+    for source, (_, report) in objects.items():
+        entries = [match.groupdict() for match in ENTRY.finditer(report)]
+        assert {entry["target"] for entry in entries} >= set(csrc_compile.TARGETS), source
+        for entry in entries:
+            assert (entry["stack"], entry["stores"], entry["loads"]) == ("0", "0", "0"), entry
+            assert int(entry["registers"]) <= register_limit(entry["name"]), entry
+            assert int(entry["shared"] or 0) <= 48 * 1024, entry
+
+
+def test_kernels_use_wide_memory_access_permutation_and_tensor_cores(objects, tmp_path):
+    cuobjdump = shutil.which("cuobjdump")
+    if cuobjdump is None:
+        triton = importlib.util.find_spec("triton")
+        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton else Path()
+        cuobjdump = str(bundled / "cuobjdump") if (bundled / "cuobjdump").exists() else None
+    if cuobjdump is None:
+        pytest.skip("cuobjdump not found")
+    environment = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}
+    expected = {
+        "decode.cu": ("LDG.E.EF.128", "STG.E.128", "PRMT"),
+        "decode_fold.cu": ("STG.E.128", "HMMA.1688.F32.TF32"),
+        "linear.cu": ("LDG.E.EF.64", "LDG.E.EF.128", "HMMA.16816.F32.BF16", "HMMA.16816.F32 "),
+    }
+    for source, instructions in expected.items():
+        command = [cuobjdump, "-sass", "-arch=sm_90", str(objects[source][0])]
+        listing = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+        for instruction in instructions:
+            assert instruction in listing, (source, instruction)
+        assert not re.search(r"\b(LDL|STL)\b", listing), source
+
+
+LOAD_AND_LIST = """
+import ctypes, sys, torch
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+torch.ops.load_library(sys.argv[2])
+for name in ("decode_4bit", "decode_fold_4bit", "linear_4bit"):
+    print(getattr(torch.ops.sda_fast_cuda, name).default._schema)
+try:
+    torch.ops.sda_fast_cuda.decode_4bit(*[torch.zeros(1)] * 3, None, None, None, 64, 256, torch.zeros(1, 1))
+except NotImplementedError as error:
+    print("CPU tensors refused")
+"""
+
+
+def test_binding_registers_its_operations_through_the_stable_abi(objects, tmp_path):
+    binding = tmp_path / "binding.o"
+    done = subprocess.run(
+        csrc_compile.object_command(csrc_compile.BINDING_SOURCE, binding), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    symbols = subprocess.run(["nm", "-uC", str(binding)], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"\b(c10|at|torch)::", symbols), "libtorch's C++ ABI is used"
+    library = tmp_path / "libsda_fast_cuda.so"
+    kernels = [path for path, _ in objects.values()]
+    subprocess.run(csrc_compile.link_command([*kernels, binding], library), check=True)
+    # A torch without CUDA lacks the one CUDA symbol of the binding: an empty stand-in lets it be loaded all the same.
+    stand_in = tmp_path / "stand_in.c"
+    name = "aoti_torch_get_current_cuda_stream"
+    stand_in.write_text("" if torch.version.cuda else f"int {name}(int device, void** stream) {{ return 1; }}\n")
+    subprocess.run(["gcc", "-shared", "-fPIC", str(stand_in), "-o", str(tmp_path / "stand_in.so")], check=True)
+    script = [sys.executable, "-c", LOAD_AND_LIST, str(tmp_path / "stand_in.so"), str(library)]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for operation in ("decode_4bit", "decode_fold_4bit", "linear_4bit"):
+        assert f"sda_fast_cuda::{operation}(" in done.stdout
+    assert "CPU tensors refused" in done.stdout
