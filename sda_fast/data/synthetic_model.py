@@ -6,16 +6,17 @@ Every item has one value of each factor. Two factors show only in the picture, t
     text    material (8), occasion (8)
     both    category (10), tone (3)
 
-User u has a taste a_uf(v) ~ N(0, 1) for every value v of every factor f. At step t, with j the item taken last, item i
-not taken before is taken with probability proportional to exp(U), where
+User u has a taste a_uf(v) ~ N(0, 1) for every value v of every factor f; everybody shares a fashion b_f(v) ~ N(0, 1).
+At step t, with j the item taken last, item i not taken before is taken with probability proportional to exp(U), where
 
-    U(i | u, t, j) = log popularity_i + taste_strength * sum_f a_uf,t(v_if)
+    U(i | u, t, j) = log popularity_i + sum_f [ taste_strength * a_uf,t(v_if) + fashion_strength * b_f(v_if) ]
                      + sequence_strength * sum over f in (hue, material, category) of s_f [v_if = successor_f(v_jf)]
     popularity_i   = (rank_i + popularity_shift) ** -popularity_exponent, ranks 1, 2, ... in random order
     a_u,t+1        = persistence * a_u,t + sqrt(1 - persistence ** 2) * N(0, 1)
     successor_f(v) = (v + 1) mod V_f,   s_hue = s_material = 0.5,   s_category = 1
 
-so repeated liking, drift and order all have something to learn. The numbers of steps are 4 + a geometric variable.
+so repeated liking, drift, order and fashion all have something to learn; popularity_i alone no content tells. A history
+has min_length items plus a geometric number of further ones, at most max_length.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ SEQUENCE_FACTORS: dict[str, float] = {"hue": 0.5, "material": 0.5, "category": 1
 class TasteModel:
     """Constants of the simulation, in the notation of this module's docstring."""
 
-    taste_strength: float = 1.5
-    sequence_strength: float = 3.0
-    popularity_exponent: float = 1.4
+    taste_strength: float = 2.0
+    fashion_strength: float = 0.5
+    sequence_strength: float = 4.0
+    popularity_exponent: float = 1.2
     popularity_shift: float = 20.0
     persistence: float = 0.98
     min_length: int = 4
@@ -54,7 +56,7 @@ class SyntheticTruth:
 
     Attributes:
         factors: factor name -> int64 [items], the value of every item.
-        popularity: float64 [items].
+        popularity: float64 [items], popularity_i of the model (fashion not included).
         users, items: int64 [n], the interactions in time order within each user.
         timestamps: int64 [n], seconds; some of a user's are equal.
         final_utility: float32 [users, items], U for the last interaction of every user, -inf for items taken before.
@@ -116,13 +118,14 @@ def _histories(
         weight * (successor(name, factors[name])[:, None] == factors[name][None, :])
         for name, weight in SEQUENCE_FACTORS.items()
     )
+    fashion = model.fashion_strength * rng.standard_normal(codes.shape[1]) @ codes.T
     tastes = rng.standard_normal((num_users, codes.shape[1]))
     taken = np.full((num_users, int(lengths.max())), -1, dtype=np.int64)
     final_utility = np.empty((num_users, num_items))
     available = np.ones((num_users, num_items), dtype=bool)
     for step in range(taken.shape[1]):
         active = np.flatnonzero(lengths > step)
-        utility = np.log(popularity) + model.taste_strength * tastes[active] @ codes.T
+        utility = np.log(popularity) + fashion + model.taste_strength * tastes[active] @ codes.T
         if step:
             utility = utility + model.sequence_strength * np.asarray(follows)[taken[active, step - 1]]
         utility = np.where(available[active], utility, -np.inf)

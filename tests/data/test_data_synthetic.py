@@ -172,8 +172,8 @@ def default_size():
 def test_histories_are_short_and_many_items_rare(default_size):
     _, split = default_size
     assert split.short_users().mean() > 0.7
-    assert 0.1 < split.short_users().mean() < 0.95
-    assert 0.2 < split.tail_items().mean() < 0.5
+    assert (~split.short_users()).mean() > 0.1
+    assert 0.15 < split.tail_items().mean() < 0.5
     assert 0.05 < split.tail_items()[split.test_items].mean() < 0.3
 
 
@@ -188,9 +188,9 @@ def test_true_factors_predict_far_better_than_popularity_and_item_ids(default_si
     transitions = hit_at_10(follows[last] + 1e-6 * split.item_train_counts, split)
     every = hit_at_10(attribute_scores(truth, split, tuple(FACTORS)), split)
     best = hit_at_10(truth.final_utility.astype(np.float64), split)
-    # Measured: .091, .119, .276, .691; the standard error is about .01.
-    assert every > 2.2 * popularity
-    assert every > 1.6 * transitions
+    # Measured: .077, .111, .301, .793; the standard error is about .01.
+    assert every > 2.5 * popularity
+    assert every > 1.8 * transitions
     assert best > 2 * every
 
 
@@ -203,11 +203,11 @@ def test_each_kind_of_factor_carries_signal_of_its_own(default_size):
         others = tuple(name for kind, names in SHOWN_IN.items() if kind != left_out for name in names)
         without = hit_at_10(attribute_scores(truth, split, others), split)
         assert alone > popularity + 0.02, left_out
-        assert every > without + 0.02, left_out
+        assert every > without + 0.03, left_out
 
 
 def test_without_taste_and_order_there_is_nothing_but_popularity():
-    flat = TasteModel(taste_strength=0.0, sequence_strength=0.0)
+    flat = TasteModel(taste_strength=0.0, fashion_strength=0.0, sequence_strength=0.0)
     truth = simulate(600, 3000, 0, flat)
     by_popularity = np.argsort(truth.popularity).reshape(10, 60)
     taken = np.bincount(truth.items, minlength=600)[by_popularity].sum(1)
