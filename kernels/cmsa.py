@@ -2,7 +2,7 @@
 
 For items i among the rows and j among the columns a program forms L_ij = x_i y_j / tau, L_ji and the teacher
 S_ij = tau/2 (x_i x_j + y_i y_j) from one pass over the dimensions: four loads feed four products. Logits, scores and
-log-sum-exps are in bits (times log2 e). Every reduction is in two stages: a program leaves its part, the caller adds up.
+log-sum-exps are in bits (times log2 e). Every reduction is in two stages: a program leaves its part, the caller adds.
 Sizes: B items, D dimensions; a launch covers `rows` x `columns`, two spans of items.
 """
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sda_fast.ops.cmsa import cmsa_loss, infonce_loss
+from sda_fast.losses.distributed import sharded_cmsa_loss
+from sda_fast.ops.cmsa import cmsa_loss
 
 
 class _ContrastiveLoss(nn.Module):
@@ -24,6 +25,7 @@ class _ContrastiveLoss(nn.Module):
         backend: Literal["auto", "torch", "triton"],
         block_size: int | None,
         workspace_bytes: int | None,
+        across_ranks: bool,
     ) -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):
@@ -37,6 +39,7 @@ class _ContrastiveLoss(nn.Module):
         self.backend = backend
         self.block_size = block_size
         self.workspace_bytes = workspace_bytes
+        self.across_ranks = across_ranks
 
     @property
     def temperature(self) -> Tensor:
@@ -55,6 +58,7 @@ class CMSALoss(_ContrastiveLoss):
         temperature: where it starts; the published value is 3.
         learnable: train the temperature (a parameter named `log_temperature`) or keep it.
         detach_teacher, normalize, row_normalized_targets, backend, block_size, workspace_bytes: as in `cmsa_loss`.
+        across_ranks: the batch is all ranks' items; see :func:`sda_fast.losses.distributed.sharded_cmsa_loss`.
 
     Raises:
         ValueError: temperature is not positive and finite.
@@ -71,14 +75,16 @@ class CMSALoss(_ContrastiveLoss):
         backend: Literal["auto", "torch", "triton"] = "auto",
         block_size: int | None = None,
         workspace_bytes: int | None = None,
+        across_ranks: bool = False,
     ) -> None:
-        super().__init__(temperature, learnable, normalize, backend, block_size, workspace_bytes)
+        super().__init__(temperature, learnable, normalize, backend, block_size, workspace_bytes, across_ranks)
         self.detach_teacher = detach_teacher
         self.row_normalized_targets = row_normalized_targets
 
     def forward(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
         """Image and text vectors [B, D] of one batch of items -> scalar float32 loss."""
-        return cmsa_loss(
+        loss = sharded_cmsa_loss if self.across_ranks else cmsa_loss
+        return loss(
             image_embeddings,
             text_embeddings,
             self.temperature,
@@ -98,6 +104,7 @@ class InfoNCELoss(_ContrastiveLoss):
         temperature: where it starts; 3 like CMSA's. For normalised vectors something like 0.07 is usual.
         learnable: train the temperature (a parameter named `log_temperature`) or keep it.
         normalize, backend, block_size, workspace_bytes: as in `cmsa_loss`.
+        across_ranks: the batch is all ranks' items; see :func:`sda_fast.losses.distributed.sharded_cmsa_loss`.
 
     Raises:
         ValueError: temperature is not positive and finite.
@@ -112,15 +119,18 @@ class InfoNCELoss(_ContrastiveLoss):
         backend: Literal["auto", "torch", "triton"] = "auto",
         block_size: int | None = None,
         workspace_bytes: int | None = None,
+        across_ranks: bool = False,
     ) -> None:
-        super().__init__(temperature, learnable, normalize, backend, block_size, workspace_bytes)
+        super().__init__(temperature, learnable, normalize, backend, block_size, workspace_bytes, across_ranks)
 
     def forward(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
         """Image and text vectors [B, D] of one batch of items -> scalar float32 loss."""
-        return infonce_loss(
+        loss = sharded_cmsa_loss if self.across_ranks else cmsa_loss
+        return loss(
             image_embeddings,
             text_embeddings,
             self.temperature,
+            targets="hard",
             normalize=self.normalize,
             backend=self.backend,
             block_size=self.block_size,

@@ -62,24 +62,18 @@ def cmsa_loss(
             contradict each other.
         RuntimeError: backend="triton" cannot run on these tensors.
     """
-    _check_embeddings(image_embeddings, text_embeddings)
-    if targets not in ("soft", "hard"):
-        raise ValueError(f"targets must be 'soft' or 'hard', got {targets!r}")
-    if targets == "hard" and row_normalized_targets:
-        raise ValueError("row_normalized_targets has no meaning with targets='hard'")
-    for name, value in (("block_size", block_size), ("workspace_bytes", workspace_bytes)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
+    check_embeddings(image_embeddings, text_embeddings)
+    form = checked_form(targets, row_normalized_targets, block_size, workspace_bytes)
     if normalize:
-        image_embeddings, text_embeddings = _normalized(image_embeddings), _normalized(text_embeddings)
+        image_embeddings, text_embeddings = normalized_rows(image_embeddings), normalized_rows(text_embeddings)
     loss, _ = cmsa_forward(
         image_embeddings,
         text_embeddings,
-        _temperature_tensor(temperature, image_embeddings),
-        targets == "soft",
-        row_normalized_targets,
+        temperature_tensor(temperature, image_embeddings),
+        form.soft,
+        form.row_normalized,
         detach_teacher,
-        _resolve_backend(backend, image_embeddings),
+        resolve_backend(backend, image_embeddings),
         block_size or 0,
         workspace_bytes or 0,
     )
@@ -113,14 +107,31 @@ def infonce_loss(
     )
 
 
-def _check_embeddings(x: Tensor, y: Tensor) -> None:
+def checked_form(
+    targets: str, row_normalized_targets: bool, block_size: int | None, workspace_bytes: int | None
+) -> Form:
+    """Which loss the options ask for, once they are known to make sense."""
+    if targets not in ("soft", "hard"):
+        raise ValueError(f"targets must be 'soft' or 'hard', got {targets!r}")
+    if targets == "hard" and row_normalized_targets:
+        raise ValueError("row_normalized_targets has no meaning with targets='hard'")
+    for name, value in (("block_size", block_size), ("workspace_bytes", workspace_bytes)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    return Form(targets == "soft", row_normalized_targets)
+
+
+def check_embeddings(x: Tensor, y: Tensor, fewest_items: int = 2) -> None:
+    """Raise ValueError unless x and y are a batch of at least `fewest_items` pairs of vectors."""
     if x.dim() != 2 or x.shape != y.shape:
         raise ValueError(
             "image_embeddings and text_embeddings must have the same shape [B, D], "
             f"got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    if x.shape[0] < 2 or x.shape[1] < 1:
-        raise ValueError(f"a contrastive loss needs at least 2 items of at least 1 dimension, got {tuple(x.shape)}")
+    if x.shape[0] < fewest_items or x.shape[1] < 1:
+        raise ValueError(
+            f"a contrastive loss needs at least {fewest_items} items of at least 1 dimension, got {tuple(x.shape)}"
+        )
     if x.dtype != y.dtype or x.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             "image_embeddings and text_embeddings must share one dtype out of float32, float16, bfloat16, float64, "
@@ -130,7 +141,8 @@ def _check_embeddings(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"image_embeddings are on {x.device} but text_embeddings on {y.device}")
 
 
-def _temperature_tensor(temperature: Tensor | float, like: Tensor) -> Tensor:
+def temperature_tensor(temperature: Tensor | float, like: Tensor) -> Tensor:
+    """The temperature as a scalar tensor on the vectors' device; a float must be positive and finite."""
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1 or not temperature.is_floating_point():
             raise ValueError(
@@ -143,7 +155,7 @@ def _temperature_tensor(temperature: Tensor | float, like: Tensor) -> Tensor:
     return torch.full((), temperature, dtype=compute_dtype(like.dtype), device=like.device)
 
 
-def _normalized(embeddings: Tensor) -> Tensor:
+def normalized_rows(embeddings: Tensor) -> Tensor:
     """Rows over their norms in the compute dtype, rounded once to the input's; a zero row stays zero."""
     norms = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=compute_dtype(embeddings.dtype))
     is_zero = norms == 0
@@ -151,7 +163,8 @@ def _normalized(embeddings: Tensor) -> Tensor:
     return (embeddings * inverse).to(embeddings.dtype)
 
 
-def _resolve_backend(backend: Backend, embeddings: Tensor) -> str:
+def resolve_backend(backend: Backend, embeddings: Tensor) -> str:
+    """ "torch" or "triton"; raises RuntimeError if "triton" was asked for and cannot run."""
     if backend == "torch":
         return backend
     if backend not in ("auto", "triton"):
@@ -226,7 +239,7 @@ def _(
     block_size: int,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    _check_embeddings(image_embeddings, text_embeddings)
+    check_embeddings(image_embeddings, text_embeddings)
     dtype = compute_dtype(image_embeddings.dtype)
     return (
         image_embeddings.new_empty((), dtype=dtype),

@@ -125,8 +125,12 @@ def blockwise_forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
     first = row_statistics(tiles, rows, symmetric=True)
     second = row_target_sums(tiles, rows, first[2], first[1], symmetric=True) if tiles.form.needs_target_sums else None
     per_item, statistics = complete_statistics(tiles.form, first, second)
-    loss = per_item.double().sum() * (NATS_PER_BIT / (2 * len(tiles.x)))
-    return loss.to(per_item.dtype), statistics
+    return total_loss(per_item), statistics
+
+
+def total_loss(per_item: Tensor) -> Tensor:
+    """The loss in nats from the losses by item in bits."""
+    return (per_item.double().sum() * (NATS_PER_BIT / (2 * len(per_item)))).to(per_item.dtype)
 
 
 def blockwise_backward(

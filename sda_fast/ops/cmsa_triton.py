@@ -68,10 +68,8 @@ class TritonTiles:
         largest = log_sum_exps.amax(0)
         exponentials = torch.exp2(log_sum_exps - largest)
         sums = exponentials.sum(0)
-        if self.form.soft:
-            target_logits = (exponentials[:, 2] * parts[:, 3]).sum(0) / sums[2]
-        else:
-            target_logits = parts[:, 3].sum(0)
+        weights = exponentials[:, 2] / sums[2] if self.form.soft else 1.0
+        target_logits = (weights * parts[:, 3]).sum(0)
         return torch.cat([largest + sums.log2(), target_logits.unsqueeze(0)])
 
     def target_sums(
