@@ -127,7 +127,7 @@ class MoDALinear(nn.Module):
         """
         if modality_ids is None:
             active = current_modality()
-            if self.shared_input is not None:
+            if not torch.compiler.is_compiling() and self.shared_input is not None:
                 y = self.shared_input.take(self, x, active)
                 if y is not None:
                     return y

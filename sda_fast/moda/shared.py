@@ -27,7 +27,7 @@ class SharedInput:
 
     def __init__(self, layers: list[MoDALinear]) -> None:
         self.layers = layers
-        self.thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        self.thread = threading.get_ident()
         self.started = False
         self.mismatched = False
         self.outputs: list[Tensor | None] = []
@@ -38,7 +38,7 @@ class SharedInput:
 
     def take(self, layer: MoDALinear, x: Tensor, active: ActiveModality) -> Tensor | None:
         """The layer's output for x, or None if it has to compute it alone."""
-        if not torch.compiler.is_compiling() and threading.get_ident() != self.thread:
+        if threading.get_ident() != self.thread:
             return None
         position = [member is layer for member in self.layers].index(True)
         if not self.started:
@@ -87,8 +87,8 @@ class SharedInput:
 
 
 def version_of(x: Tensor) -> int:
-    """How often x was modified in place; not known while compiling and in inference mode."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+    """How often x was modified in place; inference tensors do not count."""
+    return 0 if x.is_inference() else x._version
 
 
 class SharedInputGroup:
@@ -100,8 +100,10 @@ class SharedInputGroup:
 
     def begin(self, parent: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook: hand every layer the same fresh SharedInput."""
+        if torch.compiler.is_compiling() or self.disabled:
+            return
         layers: list[Any] = [getattr(parent, name) for name in self.names]
-        if self.disabled or not all(hasattr(layer, "shared_input") for layer in layers):
+        if not all(hasattr(layer, "shared_input") for layer in layers):
             return
         shared = SharedInput(layers)
         for layer in layers:
@@ -109,17 +111,25 @@ class SharedInputGroup:
 
     def end(self, parent: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, called after an error too."""
+        if torch.compiler.is_compiling():
+            return
         for name in self.names:
             layer: Any = getattr(parent, name)
             shared = getattr(layer, "shared_input", None)
             if shared is not None:
                 layer.shared_input = None
                 shared.clear()
-                if shared.mismatched and not self.disabled and not torch.compiler.is_compiling():
+                if shared.mismatched and not self.disabled:
                     self.disabled = True
                     logger.info("%s of %s do not share their input", ", ".join(self.names), type(parent).__name__)
 
     def attach(self, parent: nn.Module) -> None:
-        """Register the hooks on the module that calls the layers."""
-        parent.register_forward_pre_hook(self.begin)
-        parent.register_forward_hook(self.end, always_call=True)
+        """Register the hooks on the module that calls the layers.
+
+        They are entered under a key of our own: the numbers that `register_forward_hook` gives out differ from module to
+        module, and torch.compile would compile every layer of a model anew for that.
+        """
+        key: Any = f"sda_fast {' '.join(self.names)}"
+        parent._forward_pre_hooks[key] = self.begin
+        parent._forward_hooks[key] = self.end
+        parent._forward_hooks_always_called[key] = True

@@ -45,8 +45,8 @@ class WeightLayout:
 
 
 def is_4bit(weight: Tensor) -> bool:
-    """Whether a weight is a bitsandbytes 4-bit parameter, told by the names of its classes."""
-    return any(cls.__name__ == "Params4bit" for cls in type(weight).__mro__)
+    """Whether a weight is a bitsandbytes 4-bit parameter (Params4bit), told by what only that has."""
+    return hasattr(weight, "quant_state")
 
 
 def describe_weight(weight: Tensor) -> tuple[WeightLayout, Tensor, list[Tensor]]:
