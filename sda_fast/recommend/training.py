@@ -182,6 +182,7 @@ def _mask_items(
 ) -> tuple[np.ndarray, np.ndarray]:
     present = rows != network.num_items
     masked = (rng.random(rows.shape) < config.mask_probability) & present
+    # Prediction masks the last position alone; a tenth of the rows train on just that.
     last_only = rng.random(len(rows)) < 0.1
     masked[last_only | ~masked.any(1), -1] = True
     masked[last_only, :-1] = False

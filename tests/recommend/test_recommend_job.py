@@ -26,6 +26,7 @@ SMALL = {
     "batch_positions": 64,
     "learning_rate": 5e-3,
     "sampled_negatives": 20,
+    "factor_epochs": 2,
     "progress": False,
 }
 
@@ -98,12 +99,7 @@ def test_content_vectors_beat_ids_and_noise_where_every_item_is_rare(loss: str, 
 
 def test_bert4rec_and_vbpr_learn_from_vectors(inputs, tmp_path) -> None:
     config = config_for(
-        inputs,
-        tmp_path,
-        vectors={"oracle": inputs["oracle"]},
-        recommenders=("bert4rec", "vbpr"),
-        epochs=40,
-        patience=40,
+        inputs, tmp_path, vectors={"oracle": inputs["oracle"]}, recommenders=("bert4rec", "vbpr"), epochs=8
     )
     result = recommend(config)
     assert mean_of(result, "oracle", "bert4rec") > 1.5 * mean_of(result, "ID only", "bert4rec")
