@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from sda_fast.batches import BatchMaker, image_area
-from sda_fast.data.atomic import write_safetensors_atomic
+from sda_fast.checkpoint import file_sha256
 from sda_fast.data.items import Catalogue, Item, read_items
 from sda_fast.data.vectors import ItemVectors, read_item_vectors, write_item_vectors
 from sda_fast.embed_shards import EmbeddingShards, Shard
@@ -27,9 +27,9 @@ from sda_fast.lvlm.encode import encode
 from sda_fast.lvlm.load import load_lvlm
 from sda_fast.lvlm.prompts import PromptConfig, attribute_text
 from sda_fast.moda.save import load_adapter
-from sda_fast.pca import fit_pca
+from sda_fast.pca import fit_pca, read_pca, write_pca
 from sda_fast.sampler import length_buckets
-from sda_fast.train_state import activation_dtype
+from sda_fast.train_state import activation_dtype, chosen_device
 from sda_fast.train_step import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,10 @@ class EmbedConfig:
     pca: Literal["per-modality", "joint", "none"] = field(
         default="per-modality",
         metadata=_help("fit the reduction to each modality, or one to both; none: the vectors as they are"),
+    )
+    pca_from: Path | None = field(
+        default=None,
+        metadata=_help("reduction of an earlier table (its .pca.safetensors) to use again, instead of fitting one"),
     )
     pca_dim: int = field(
         default=768, metadata=_help("components kept per modality; fewer if the vectors or the items are fewer")
@@ -97,12 +101,14 @@ class EmbedConfig:
     progress: bool = field(default=True, metadata=_help("show a progress bar"))
 
     def __post_init__(self) -> None:
-        for name in ("items", "output", "images", "adapter"):
+        for name in ("items", "output", "images", "adapter", "pca_from"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("batch_size", "pca_dim", "shard_items"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.pca_from is not None and self.pca == "none":
+            raise ValueError(f"pca is 'none' but pca_from is {self.pca_from}")
 
     def inherited(self) -> dict[str, Any]:
         """What the model is shown, with the adapter's training settings where this configuration leaves them open."""
@@ -140,10 +146,12 @@ def embed(config: EmbedConfig) -> Path:
     if config.adapter is not None and not (config.adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"the folder {config.adapter} holds no adapter: adapter_config.json is missing")
     accelerator = Accelerator(cpu=config.device == "cpu")
-    device = torch.device(config.device) if config.device else accelerator.device
+    device = chosen_device(config.device, accelerator)
     encoding = _encoding(config, catalogue, device)
     encoding_key = digest(encoding)
-    reduction = {"pca": config.pca, "pca_dim": config.pca_dim}
+    reduction: dict[str, Any] = {"pca": config.pca, "pca_dim": config.pca_dim, "pca_from": None}
+    if config.pca_from is not None:
+        reduction = {"pca": config.pca, "pca_dim": "", "pca_from": file_sha256(config.pca_from)}
     present = _metadata(config.output)
     if present.get("encoding_key") == encoding_key and all(present[k] == str(v) for k, v in reduction.items()):
         logger.info("%s is there already", config.output)
@@ -315,10 +323,14 @@ def _gather(catalogue: Catalogue, plan: Sequence[_Work], shards: EmbeddingShards
 def _reduce(table: ItemVectors, config: EmbedConfig) -> None:
     """Fill `table.vectors` and write the fitted reduction beside the table."""
     full = {"image": torch.from_numpy(table.image), "text": torch.from_numpy(table.text)}
+    path = config.output.with_suffix(".pca.safetensors")
     if config.pca == "none":
         table.vectors = np.concatenate([table.image, table.text], axis=1)
+        path.unlink(missing_ok=True)
         return
-    if config.pca == "joint":
+    if config.pca_from is not None:
+        fitted = read_pca(config.pca_from)
+    elif config.pca == "joint":
         both = fit_pca(torch.cat(list(full.values())), config.pca_dim)
         fitted = dict.fromkeys(MODALITIES, both)
     else:
@@ -326,11 +338,7 @@ def _reduce(table: ItemVectors, config: EmbedConfig) -> None:
     table.vectors = torch.cat([fitted[modality].transform(full[modality]) for modality in MODALITIES], dim=1).numpy()
     for modality in MODALITIES:
         table.metadata[f"explained_share_{modality}"] = f"{fitted[modality].explained_share:.4f}"
-    tensors = {}
-    for modality in MODALITIES:
-        tensors[f"{modality}.mean"] = fitted[modality].mean.clone()
-        tensors[f"{modality}.components"] = fitted[modality].components.clone()
-    write_safetensors_atomic(config.output.with_suffix(".pca.safetensors"), tensors)
+    write_pca(path, fitted)
 
 
 def _word(value: Any) -> str:

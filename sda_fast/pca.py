@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+
+from sda_fast.data.atomic import write_safetensors_atomic
 
 _ROWS_PER_BLOCK = 8192
 
@@ -67,3 +72,37 @@ def fit_pca(vectors: torch.Tensor, num_components: int) -> PCA:
     components = components * torch.where(largest < 0, -1.0, 1.0).to(components)
     divisor = max(n - 1, 1)
     return PCA(mean, components.contiguous(), variances[:kept] / divisor, float(variances.sum()) / divisor)
+
+
+def write_pca(path: Path, fitted: Mapping[str, PCA]) -> None:
+    """Write fitted reductions by name to one safetensors file, atomically."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, pca in fitted.items():
+        tensors[f"{name}.mean"] = pca.mean.clone()
+        tensors[f"{name}.components"] = pca.components.clone()
+        tensors[f"{name}.explained_variance"] = pca.explained_variance.clone()
+        tensors[f"{name}.total_variance"] = torch.tensor(pca.total_variance, dtype=torch.float64)
+    write_safetensors_atomic(path, tensors)
+
+
+def read_pca(path: Path) -> dict[str, PCA]:
+    """What `write_pca` wrote.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it holds no reductions.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    tensors = load_file(path)
+    names = [name.removesuffix(".components") for name in tensors if name.endswith(".components")]
+    if not names:
+        raise ValueError(f"{path} holds no reductions but {sorted(tensors)}")
+    return {
+        name: PCA(
+            tensors[f"{name}.mean"],
+            tensors[f"{name}.components"],
+            tensors[f"{name}.explained_variance"],
+            float(tensors[f"{name}.total_variance"]),
+        )
+        for name in names
+    }

@@ -21,12 +21,19 @@ from sda_fast.checkpoint import newest_checkpoint
 from sda_fast.data.items import Catalogue, read_items
 from sda_fast.fingerprint import catalogue_fingerprint
 from sda_fast.losses.cached import RandomState
+from sda_fast.losses.distributed import sum_gradients
 from sda_fast.lvlm.collate import ImageOptions
 from sda_fast.run_log import RunLog, read_log
 from sda_fast.sampler import BatchOrder, rank_slice
 from sda_fast.train_config import FinetuneConfig, preset
 from sda_fast.train_state import TrainingState, build_state
-from sda_fast.train_step import ContrastiveStep, fitting_chunk_size, is_out_of_memory, training_mode
+from sda_fast.train_step import (
+    ContrastiveStep,
+    fitting_chunk_size,
+    is_out_of_memory,
+    loss_across_processes,
+    training_mode,
+)
 
 __all__ = ["ConfigMismatchError", "FinetuneConfig", "FinetuneResult", "NonFiniteLossError", "finetune", "preset"]
 
@@ -90,6 +97,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     catalogue = read_items(config.items, config.images)
     order = BatchOrder(len(catalogue), config.batch_size, config.seed)
     accelerator = Accelerator(cpu=config.device == "cpu")
+    if config.batch_size < accelerator.num_processes:
+        raise ValueError(f"batch_size is {config.batch_size} but there are {accelerator.num_processes} processes")
     identity = _identity(config, catalogue, order, accelerator.num_processes)
     newest = _checkpoint_to_continue(config, identity)
     if newest is not None and newest[1]["step"] == identity["total_steps"] and _finished(config.output, identity):
@@ -152,7 +161,8 @@ def _train(
     def make(step: int, chunk_size: int | None) -> Batch:
         return maker.make([catalogue[place] for place in order.batch(step)[mine]], chunk_size)
 
-    contrastive_step = ContrastiveStep(state.lvlm, state.loss, config.loss_width(state.lvlm))
+    loss_function = state.loss if accelerator.num_processes == 1 else loss_across_processes(state.loss)
+    contrastive_step = ContrastiveStep(state.lvlm, loss_function, config.loss_width(state.lvlm))
     prefetcher = Prefetcher(make, last_step=total_steps - 1, enabled=config.prefetch)
     log = RunLog(config.output, after_step=state.step) if accelerator.is_main_process else None
     progress = tqdm(
@@ -215,7 +225,9 @@ def _forward_backward(
         batch = prefetcher.get(state.step, state.chunk_size)
         random_state = RandomState.now()
         try:
-            return batch, float(contrastive_step(batch))
+            loss = contrastive_step(batch)
+            sum_gradients(state.parameters)
+            return batch, float(loss)
         except (RuntimeError, MemoryError) as error:
             size = min(state.chunk_size or batch_size, batch_size)
             # The other processes wait in a collective operation and cannot be told to start again.
@@ -259,8 +271,8 @@ def _facts(config: FinetuneConfig, catalogue: Catalogue, state: TrainingState) -
         "warnings": dict(catalogue.warnings),
         "steps": state.step,
         "seconds": round(state.seconds, 3),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
         "temperature": state.temperature,
         "trained_parameters": sum(parameter.numel() for parameter in state.parameters),
         "chunk_size": state.chunk_size,

@@ -123,7 +123,7 @@ class TrainingState:
 
 def build_state(config: FinetuneConfig, accelerator: Accelerator) -> TrainingState:
     """The state before the first step: model loaded and adapted, loss and optimiser made."""
-    device = torch.device(config.device) if config.device else accelerator.device
+    device = chosen_device(config.device, accelerator)
     lvlm = load_lvlm(
         config.model, quantization=config.quantization, dtype=activation_dtype(config.precision, device), device=device
     )
@@ -137,6 +137,14 @@ def build_state(config: FinetuneConfig, accelerator: Accelerator) -> TrainingSta
     optimizer = make_optimizer(config, [group for group in groups if group["params"]], device)
     chunk_size = config.chunk_size if isinstance(config.chunk_size, int) else None
     return TrainingState(lvlm, loss, optimizer, [*adapters, *loss.parameters()], accelerator, chunk_size=chunk_size)
+
+
+def chosen_device(wanted: str | None, accelerator: Accelerator) -> torch.device:
+    """The wanted device, else this process's; a GPU becomes the current one, whose random state checkpoints hold."""
+    device = torch.device(wanted) if wanted else accelerator.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device if device.index is not None else torch.device("cuda", 0))
+    return device
 
 
 def activation_dtype(precision: str, device: torch.device) -> torch.dtype:

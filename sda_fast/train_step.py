@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sda_fast.batches import Batch, BatchMaker, Chunk, image_area
 from sda_fast.data.items import Item
-from sda_fast.losses.cached import RandomState, cached_contrastive_step
+from sda_fast.losses.cached import LossFunction, RandomState, cached_contrastive_step
+from sda_fast.losses.distributed import sharded_cmsa_loss
+from sda_fast.losses.modules import CMSALoss, InfoNCELoss
 from sda_fast.lvlm.encode import encode, reduce_buckets, tower_features
 from sda_fast.lvlm.load import LVLM
 from sda_fast.lvlm.prompts import attribute_text
@@ -24,12 +27,12 @@ class ContrastiveStep:
     """Adds a batch's gradients to the adapters and the loss's temperature.
 
     Attributes:
-        loss: ([B, D], [B, D]) -> scalar; with several processes it gathers the vectors itself.
+        loss: ([B, D], [B, D]) -> scalar.
         reduce_to: width of the vectors that the loss sees, by bucket means; None: the model's own.
     """
 
     lvlm: LVLM
-    loss: nn.Module
+    loss: LossFunction
     reduce_to: int | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -59,6 +62,23 @@ class ContrastiveStep:
             features = tower_features(self.lvlm, chunk.tensors)
             chunk.image_features = [{name: part.cpu() for name, part in one.items()} for one in features]
         return self.encode(chunk, modality)
+
+
+def loss_across_processes(loss: CMSALoss | InfoNCELoss) -> LossFunction:
+    """`loss` over the items of all processes, each giving its own; gradients are then shares, to be summed."""
+
+    options: dict[str, Any] = {"normalize": loss.normalize, "targets": "hard"}
+    if isinstance(loss, CMSALoss):
+        options = {
+            "normalize": loss.normalize,
+            "detach_teacher": loss.detach_teacher,
+            "row_normalized_targets": loss.row_normalized_targets,
+        }
+
+    def sharded(images: Tensor, texts: Tensor) -> Tensor:
+        return sharded_cmsa_loss(images, texts, loss.temperature, **options)
+
+    return sharded
 
 
 @contextlib.contextmanager

@@ -69,6 +69,21 @@ def test_another_reduction_encodes_nothing_again(embed_config, monkeypatch):
     assert embed_config().output.stat().st_mtime_ns == before
 
 
+def test_later_items_can_be_brought_into_the_space_of_an_earlier_table(embed_config, small_world, tmp_path):
+    first = read_item_vectors(embed(embed_config()))
+    lines = small_world.items.read_text().splitlines(keepends=True)
+    later = small_world.items.with_name("later.jsonl")
+    later.write_text("".join(lines[5:8]))
+    table = read_item_vectors(
+        embed(
+            embed_config(
+                items=later, output=tmp_path / "later.safetensors", pca_from=tmp_path / "vectors.pca.safetensors"
+            )
+        )
+    )
+    np.testing.assert_allclose(table.vectors, first.vectors[5:8], rtol=0, atol=2e-5)
+
+
 def test_an_interrupted_run_continues_with_the_shards_it_has(embed_config, tmp_path, monkeypatch):
     whole = read_item_vectors(embed(embed_config(output=tmp_path / "whole.safetensors")))
     config = embed_config()

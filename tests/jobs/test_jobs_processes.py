@@ -1,0 +1,59 @@
+"""The long jobs under torchrun with two CPU processes against one process."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sda_fast.data.vectors import read_item_vectors
+from sda_fast.embed import EmbedConfig, embed
+from sda_fast.run_log import read_log
+from sda_fast.train import ConfigMismatchError, finetune
+
+RUN_JOBS = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from sda_fast.embed import EmbedConfig, embed
+from sda_fast.train import FinetuneConfig, finetune
+embed(EmbedConfig(**json.loads(sys.argv[1])))
+for settings in sys.argv[2:]:
+    finetune(FinetuneConfig(**json.loads(settings)))
+"""
+
+
+def test_two_processes_give_what_one_does_with_an_uneven_batch(small_world, finetune_config, tmp_path):
+    embedding = {
+        "model": str(small_world.model), "items": str(small_world.items), "device": "cpu", "max_pixels": 56 * 56,
+        "shard_items": 7, "batch_size": 4, "pca_dim": 4, "progress": False,
+    }  # fmt: skip
+    common = {"batch_size": 7, "steps": 3, "lora_dropout": 0.0, "learning_rate": 1e-3}
+    runs = {"chunked": {**common, "chunk_size": 2}, "infonce": {**common, "loss": "infonce"}}
+    together = {name: finetune_config(output=tmp_path / name, **settings) for name, settings in runs.items()}
+
+    script = tmp_path / "jobs.py"
+    script.write_text(RUN_JOBS)
+    arguments = [{**embedding, "output": str(tmp_path / "two.safetensors")}, *(c.as_json() for c in together.values())]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run([*command, *map(json.dumps, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    two = read_item_vectors(tmp_path / "two.safetensors")
+    one = read_item_vectors(embed(EmbedConfig(**embedding, output=tmp_path / "one.safetensors")))
+    assert two.item_ids == one.item_ids
+    np.testing.assert_allclose(two.image, one.image, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(two.text, one.text, rtol=0, atol=2e-5)
+
+    with pytest.raises(ConfigMismatchError, match=r"processes \(checkpoint: 2, now: 1\)"):
+        finetune(together["chunked"])
+    for name, settings in runs.items():
+        alone = finetune(finetune_config(output=tmp_path / f"{name}-alone", **settings))
+        losses = [record["loss"] for record in read_log(tmp_path / name / "log.jsonl")]
+        assert losses == pytest.approx(alone.losses, rel=1e-4)
+        theirs = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for parameter, tensor in load_file(alone.adapter / "adapter_model.safetensors").items():
+            torch.testing.assert_close(theirs[parameter], tensor, rtol=0, atol=3e-4, msg=parameter)
