@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 
 from sda_fast.lvlm.family import ImageFeatures
 from sda_fast.lvlm.load import LVLM
+from sda_fast.moda.context import modality as modality_context
 
 
 def encode(
@@ -44,13 +42,14 @@ def encode(
         image_features = image_features if image_features is not None else tower_features(lvlm, batch)
         if len(image_features) != len(batch["input_ids"]):
             raise ValueError(f"{len(image_features)} image features for {len(batch['input_ids'])} sequences")
-    with _modality_context(modality):
+        image_features = [{name: part.to(lvlm.device) for name, part in one.items()} for one in image_features]
+    with modality_context(modality):
         hidden_states = lvlm.family.last_hidden_state(lvlm.model, batch, image_features)
     return mean_pool(hidden_states, batch["pool_mask"])
 
 
 def tower_features(lvlm: LVLM, batch: Mapping[str, torch.Tensor]) -> list[ImageFeatures]:
-    """The frozen vision tower's output for a batch from `collate_images`: per sequence, tensors by name, no gradient."""
+    """The frozen vision tower's output for a batch from `collate_images`, without gradient: per sequence by name."""
     with torch.no_grad():
         return lvlm.family.image_features(lvlm.model, {name: tensor.to(lvlm.device) for name, tensor in batch.items()})
 
@@ -91,11 +90,3 @@ def reduce_buckets(vectors: torch.Tensor, size: int = 768) -> torch.Tensor:
     if rest:
         means.append(long.unflatten(-1, (rest, length + 1)).mean(-1))
     return torch.cat(means, dim=-1)
-
-
-def _modality_context(name: str) -> AbstractContextManager[Any]:
-    if importlib.util.find_spec("sda_fast.moda.context") is None:
-        return nullcontext()
-    import sda_fast
-
-    return sda_fast.modality(name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class Family:
         name: how errors and cards call it.
         model_types: `config.model_type` values that belong to it.
         language_model: path of the decoder inside the base model; all its linears are quantised, nothing else is.
-        not_quantized: regular expressions, from the start of a module's name to a module boundary, of what stays 16-bit.
+        not_quantized: regular expressions of what stays 16-bit, from the start of a module's name to a dot or its end.
         target_modules: regular expression that matches whole names of the linears to adapt.
     """
 
@@ -31,11 +32,11 @@ class Family:
     not_quantized: tuple[str, ...] = (r"(?:.*\.)?vision_tower", r"(?:.*\.)?multi_modal_projector", r"(?:.*\.)?lm_head")
     target_modules: str = r"(?:.*\.)?language_model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj"
 
-    def base_model(self, model: nn.Module) -> nn.Module:
+    def base_model(self, model: nn.Module) -> Any:
         """The model without its language head; `model` itself when it was loaded without one."""
         return getattr(model, getattr(model, "base_model_prefix", ""), model)
 
-    def decoder(self, model: nn.Module) -> nn.Module:
+    def decoder(self, model: nn.Module) -> Any:
         """The language model inside `model`."""
         return self.base_model(model).get_submodule(self.language_model)
 
@@ -49,8 +50,20 @@ class Family:
 
     def image_features(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> list[ImageFeatures]:
         """What the frozen tower and projector make of the pixels: per sequence, tensors [image tokens, D] by name."""
-        features = self.base_model(model).get_image_features(batch["pixel_values"]).pooler_output
-        return [{"features": one} for one in features]
+        image_features = self.base_model(model).get_image_features
+        output = image_features(**accepted(image_features, batch)).pooler_output
+        return self.by_sequence(model, batch, features=flat_features(output))
+
+    def by_sequence(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor], **features: torch.Tensor
+    ) -> list[ImageFeatures]:
+        """Split tensors [image tokens of the batch, D] into one dictionary per sequence."""
+        counts = image_token_mask(model, batch["input_ids"]).sum(-1).tolist()
+        for name, tensor in features.items():
+            if sum(counts) != len(tensor):
+                raise ValueError(f"the batch has {sum(counts)} image tokens but {len(tensor)} image {name}")
+        columns = [tensor.split(counts) for tensor in features.values()]
+        return [dict(zip(features, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def last_hidden_state(
         self,
@@ -58,30 +71,43 @@ class Family:
         batch: Mapping[str, torch.Tensor],
         image_features: Sequence[ImageFeatures] | None,
     ) -> torch.Tensor:
-        """The decoder's last hidden state [B, T, D], after its final norm; `image_features` as above, None for text."""
+        """The decoder's last hidden state [B, T, D], after its final norm; `image_features` as above, None for text.
+
+        Calls the base model on embeddings, so that its own attention mask applies; without a key-value cache, and
+        keeping no other hidden state.
+        """
+        base = self.base_model(model)
+        names = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+        arguments = accepted(base.forward, {name: batch[name] for name in names if name in batch})
         inputs_embeds = self.embed(model, batch["input_ids"], image_features)
-        return self.run_decoder(model, batch, inputs_embeds)
+        return base(inputs_embeds=inputs_embeds, use_cache=False, **arguments).last_hidden_state
 
     def embed(
         self, model: nn.Module, input_ids: torch.Tensor, image_features: Sequence[ImageFeatures] | None
     ) -> torch.Tensor:
         """Token embeddings [B, T, D] with the image features in the places of the image tokens."""
-        inputs_embeds = self.base_model(model).get_input_embeddings()(input_ids)
+        is_image = image_token_mask(model, input_ids)
+        embedding = self.base_model(model).get_input_embeddings()
+        inputs_embeds = embedding(input_ids.masked_fill(is_image & (input_ids >= embedding.num_embeddings), 0))
         if image_features is None:
             return inputs_embeds
-        is_image = image_token_mask(model, input_ids)
         features = torch.cat([one["features"] for one in image_features]).to(inputs_embeds)
         if int(is_image.sum()) != len(features):
             raise ValueError(f"the batch has {int(is_image.sum())} image tokens but {len(features)} image features")
         return inputs_embeds.masked_scatter(is_image[..., None], features)
 
-    def run_decoder(
-        self, model: nn.Module, batch: Mapping[str, torch.Tensor], inputs_embeds: torch.Tensor, **extra: Any
-    ) -> torch.Tensor:
-        """Call the language model on embeddings, without key-value cache, keeping its last hidden state only."""
-        mask = batch["attention_mask"]
-        arguments = {"attention_mask": mask, "position_ids": batch["position_ids"], "use_cache": False, **extra}
-        return self.decoder(model)(inputs_embeds=inputs_embeds, **arguments).last_hidden_state
+
+def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the function names as parameters; transformers' versions differ in them."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def flat_features(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """Features in any of transformers' shapes, per image or stacked, as [image tokens, D]."""
+    if isinstance(features, torch.Tensor):
+        return features.flatten(0, -2)
+    return torch.cat([one.flatten(0, -2) for one in features])
 
 
 def sequence_positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -105,6 +131,9 @@ def image_token_mask(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 _MODULE_OF_MODEL_TYPE = {
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_vl",
+    "qwen3_vl": "qwen3_vl",
+    "mllama": "mllama",
+    "gemma3": "gemma3",
 }
 
 
@@ -116,15 +145,10 @@ def known_model_types() -> list[str]:
 def family_of(config: Any) -> Family:
     """The family of a transformers configuration.
 
-    A model type without a family of its own gets the generic one if transformers knows it as an image-text-to-text
-    model with a decoder.
+    A model type without a family of its own gets the generic one if it is a decoder with image tokens in its input.
 
     Raises:
-        ValueError: not a vision-language model; the message lists the known model types.
+        ValueError: neither; the message lists the known model types.
     """
-    module = _MODULE_OF_MODEL_TYPE.get(config.model_type)
-    if module is None:
-        raise ValueError(
-            f"model type {config.model_type!r} is not one of those known: {', '.join(known_model_types())}"
-        )
+    module = _MODULE_OF_MODEL_TYPE.get(config.model_type, "generic")
     return importlib.import_module(f"sda_fast.lvlm.{module}").family_for(config)

@@ -28,13 +28,13 @@ class LVLM:
         name: the hub id or path it was loaded from.
     """
 
-    model: nn.Module
+    model: Any
     processor: Any
     family: Family
     name: str
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         """The decoder, a submodule of `model`."""
         return self.family.decoder(self.model)
 
@@ -144,7 +144,8 @@ def read_config(name_or_path: str | Path) -> Any:
         ) from error
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"{name_or_path!s} is of a type unknown to transformers; known to sda-fast: {', '.join(known_model_types())}"
+            f"transformers does not know the model type of {name_or_path!s}; sda-fast knows "
+            f"{', '.join(known_model_types())}"
         ) from error
 
 

@@ -15,7 +15,7 @@ def load_processor(name_or_path: str | Path, config: Any) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
 
-    processor_class = PROCESSOR_MAPPING.get(type(config), AutoProcessor)
+    processor_class: Any = PROCESSOR_MAPPING.get(type(config), AutoProcessor)
     if processor_class is not AutoProcessor and not is_torchvision_available():
         processor_class = without_video(processor_class)
     processor = processor_class.from_pretrained(name_or_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sda_fast.lvlm.family import Family, ImageFeatures, sequence_positions
+from sda_fast.lvlm.family import Family, accepted, sequence_positions
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,7 @@ class Qwen2VLFamily(Family):
         if "image_grid_thw" not in batch:
             return sequence_positions(batch["attention_mask"]).expand(3, -1, -1)
         rope_index = self.base_model(model).get_rope_index
-        names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
-        accepted = inspect.signature(rope_index).parameters
-        return rope_index(**{name: batch[name] for name in names if name in accepted})[0]
-
-    def image_features(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> list[ImageFeatures]:
-        output = self.base_model(model).get_image_features(batch["pixel_values"], batch["image_grid_thw"])
-        return [{"features": one} for one in output.pooler_output]
+        return rope_index(**accepted(rope_index, batch))[0]
 
 
 def family_for(config: Any) -> Family:

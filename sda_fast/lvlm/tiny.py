@@ -6,21 +6,21 @@ import json
 import logging
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from sda_fast.data.items import Catalogue, Item
-from sda_fast.lvlm.collate import ImageOptions, collate_images, plain_text, render
+from sda_fast.data.items import Catalogue, read_items
 from sda_fast.lvlm.family import family_of
 from sda_fast.lvlm.load import LVLM
+from sda_fast.lvlm.pretraining import PretrainingLosses, pretrain
 from sda_fast.lvlm.processor import prepare_tokenizer, without_video
-from sda_fast.lvlm.prompts import PromptConfig, attribute_text, text_messages
+from sda_fast.lvlm.prompts import PromptConfig, attribute_text
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +52,42 @@ MODEL_CARD = """\
 # A tiny stand-in for Qwen2.5-VL
 
 Built by `sda_fast.lvlm.tiny.build_tiny_lvlm` from configuration: the classes and the file layout of Qwen2.5-VL, but
-{parameters:,} parameters, random at first and then trained for {steps} steps ({seconds:.0f} s) to caption the pictures
-and continue the texts of one catalogue of {items} items. Mean next-token loss of the first and last steps: captions
-{caption_first:.2f} -> {caption_last:.2f}, texts {text_first:.2f} -> {text_last:.2f} nats.
+{parameters:,} parameters, random at first. {training}
 
-It exists so that sda-fast can be tried and tested without a download and without a GPU. It knows nothing beyond that
-catalogue. It contains no weights of Qwen2.5-VL.
+It exists so that sda-fast can be tried and tested without a download and without a GPU. It contains no weights of
+Qwen2.5-VL and knows nothing beyond the catalogue it was built for.
 """
+PRETRAINING_LINES = """\
+It was then trained for {steps} steps ({seconds} s) to write the attributes of {items} items
+of one catalogue under their pictures and to continue their texts. Next-token loss in nats, mean over the first and last
+tenth of the steps: captions {caption_first:.2f} -> {caption_last:.2f}, texts {text_first:.2f} -> {text_last:.2f}."""
+
+
+@dataclass
+class TinyConfig:
+    """What `build_tiny` needs."""
+
+    items: Path = field(metadata={"help": "catalogue that trains the model: items.jsonl or items.jsonl.gz"})
+    output: Path = field(metadata={"help": "folder to write; must not exist or be empty"})
+    images: Path | None = field(default=None, metadata={"help": "where image paths start; default: beside the items"})
+    seed: int = field(default=0, metadata={"help": "seed of weights and batches"})
+    pretrain_steps: int = field(default=300, metadata={"help": "captioning steps; 0 leaves the model random"})
+    hidden_size: int = field(default=128, metadata={"help": "width of decoder and vision tower, a multiple of 64"})
+    num_layers: int = field(default=4, metadata={"help": "decoder layers"})
+    image_side: int = field(default=84, metadata={"help": "pictures are scaled to this square area; multiple of 28"})
+
+
+def build_tiny(config: TinyConfig) -> Path:
+    """`build_tiny_lvlm` on the catalogue that the configuration names."""
+    return build_tiny_lvlm(
+        read_items(config.items, config.images),
+        config.output,
+        seed=config.seed,
+        pretrain_steps=config.pretrain_steps,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        image_side=config.image_side,
+    )
 
 
 def build_tiny_lvlm(
@@ -154,6 +183,7 @@ def build_model(tokenizer: Any, *, hidden_size: int, num_layers: int) -> Any:
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_heads // 2,
         "max_position_embeddings": 4096,
+        "initializer_range": hidden_size**-0.5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
         "bos_token_id": None,
         "eos_token_id": token_id("<|im_end|>"),
@@ -165,6 +195,7 @@ def build_model(tokenizer: Any, *, hidden_size: int, num_layers: int) -> Any:
         "intermediate_size": 2 * hidden_size,
         "num_heads": num_heads,
         "out_hidden_size": hidden_size,
+        "initializer_range": hidden_size**-0.5,
         "fullatt_block_indexes": [2],
     }
     config = Qwen2_5_VLConfig(
@@ -178,111 +209,29 @@ def build_model(tokenizer: Any, *, hidden_size: int, num_layers: int) -> Any:
     return Qwen2_5_VLForConditionalGeneration(config).float()
 
 
-@dataclass(frozen=True)
-class PretrainingLosses:
-    """Mean next-token losses in nats, one entry per step."""
-
-    caption: list[float]
-    text: list[float]
-
-
-def pretrain(
-    lvlm: LVLM, items: Sequence[Item], prompts: PromptConfig, *, steps: int, batch_size: int, learning_rate: float
-) -> PretrainingLosses:
-    """Train the whole model, in place, to write an item's attributes under its picture and to continue its text."""
-    examples = [_example(lvlm, item, prompts) for item in (items if steps else [])]
-    model = lvlm.model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
-    )
-    losses = PretrainingLosses([], [])
-    order: list[int] = []
-    progress = tqdm(range(steps), desc="Pre-training the tiny model", disable=not steps)
-    for _ in progress:
-        while len(order) < batch_size:
-            order += torch.randperm(len(examples)).tolist()
-        chosen, order = [examples[i] for i in order[:batch_size]], order[batch_size:]
-        caption_loss = _next_token_loss(lvlm, [e.caption for e in chosen], [e.image for e in chosen])
-        text_loss = _next_token_loss(lvlm, [e.text for e in chosen], None)
-        optimizer.zero_grad()
-        (caption_loss + text_loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.caption.append(float(caption_loss.detach()))
-        losses.text.append(float(text_loss.detach()))
-        progress.set_postfix(caption=f"{losses.caption[-1]:.2f}", text=f"{losses.text[-1]:.2f}")
-    return losses
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    input_ids: torch.Tensor  # [T]
-    first_target: int  # the loss starts at this token
-
-
-@dataclass(frozen=True)
-class _Example:
-    image: dict[str, torch.Tensor]
-    caption: _Sequence
-    text: _Sequence
-
-
-def _example(lvlm: LVLM, item: Item, prompts: PromptConfig) -> _Example:
-    batch = collate_images(lvlm, [item], prompts, ImageOptions())
-    text = plain_text(lvlm, attribute_text(item, prompts), prompts.max_text_tokens)
-    caption = lvlm.tokenizer(text + "<|im_end|>\n", return_tensors="pt")["input_ids"][0]
-    prompt = batch["input_ids"][0]
-    chat = lvlm.tokenizer(render(lvlm, text_messages(text), prompts), return_tensors="pt")["input_ids"][0]
-    image = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
-    return _Example(image, _Sequence(torch.cat([prompt, caption]), len(prompt)), _Sequence(chat, 1))
-
-
-def _next_token_loss(
-    lvlm: LVLM, sequences: Sequence[_Sequence], images: Sequence[dict[str, torch.Tensor]] | None
-) -> torch.Tensor:
-    length = max(len(sequence.input_ids) for sequence in sequences)
-    input_ids = torch.full((len(sequences), length), lvlm.tokenizer.pad_token_id)
-    attention_mask, is_target = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        end = len(sequence.input_ids)
-        input_ids[row, :end] = sequence.input_ids
-        attention_mask[row, :end] = 1
-        is_target[row, sequence.first_target : end] = True
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-    features = None
-    if images is not None:
-        batch |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
-        batch["mm_token_type_ids"] = (input_ids == lvlm.model.config.image_token_id).int()
-        features = lvlm.family.image_features(lvlm.model, batch)
-    batch["position_ids"] = lvlm.family.position_ids(lvlm.model, batch)
-    hidden_states = lvlm.family.last_hidden_state(lvlm.model, batch, features)
-    logits = lvlm.model.lm_head(hidden_states[:, :-1][is_target[:, 1:]])
-    return torch.nn.functional.cross_entropy(logits, input_ids[:, 1:][is_target[:, 1:]])
-
-
 def _write_card(folder: Path, model: Any, losses: PretrainingLosses, num_items: int, seconds: float) -> None:
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values) if values else math.nan
-
-    edge = max(1, len(losses.caption) // 20)
     summary = {
         "items": num_items,
         "steps": len(losses.caption),
-        "seconds": seconds,
+        "seconds": round(seconds, 1),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "caption_first": mean(losses.caption[:edge]),
-        "caption_last": mean(losses.caption[-edge:]),
-        "text_first": mean(losses.text[:edge]),
-        "text_last": mean(losses.text[-edge:]),
+        "caption_first": _mean_of_tenth(losses.caption, last=False),
+        "caption_last": _mean_of_tenth(losses.caption, last=True),
+        "text_first": _mean_of_tenth(losses.text, last=False),
+        "text_last": _mean_of_tenth(losses.text, last=True),
     }
-    (folder / "README.md").write_text(MODEL_CARD.format(**summary), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(summary), encoding="utf-8")
     curves = {"caption_losses": losses.caption, "text_losses": losses.text}
     (folder / "pretraining.json").write_text(json.dumps(summary | curves, indent=1), encoding="utf-8")
-    logger.info(
-        "tiny model: %d parameters, %d steps in %.0f s, caption loss %.2f -> %.2f, text loss %.2f -> %.2f",
-        *(summary[name] for name in ("parameters", "steps", "seconds", "caption_first", "caption_last", "text_first")),
-        summary["text_last"],
-    )
+    logger.info("tiny model in %s: %s", folder.name, summary)
+
+
+def _mean_of_tenth(values: Sequence[float], *, last: bool) -> float | None:
+    """Mean of the first or last tenth of the values, at least one; None of none."""
+    count = math.ceil(len(values) / 10)
+    return statistics.fmean(values[-count:] if last else values[:count]) if values else None
+
+
+def _model_card(summary: dict[str, Any]) -> str:
+    training = "It was not trained." if not summary["steps"] else PRETRAINING_LINES.format(**summary)
+    return MODEL_CARD.format(parameters=summary["parameters"], training=training)
