@@ -29,6 +29,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,7 +104,9 @@ def check_kernels(
         if target not in SHARED_MEMORY_LIMIT:
             raise ValueError(f"target is {target!r}, expected one of {sorted(SHARED_MEMORY_LIMIT)}")
     chosen = all_variants() if variants is None else list(variants)
-    return [check_variant(variant, target) for variant in chosen for target in targets]
+    pairs = [(variant, target) for variant in chosen for target in targets]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda pair: check_variant(*pair), pairs))
 
 
 def check_variant(variant: KernelVariant, target: str) -> KernelReport:
@@ -154,6 +157,28 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+@dataclass
+class GateConfig:
+    """What `sda-fast kernels` compiles."""
+
+    targets: str = field(default="sm_80,sm_90,sm_100", metadata={"help": "chips to compile for, separated by commas"})
+    name: str = field(default="", metadata={"help": "only kernels whose name contains this"})
+
+
+def run_gate(config: GateConfig) -> str:
+    """The table for `sda-fast kernels`.
+
+    Raises:
+        ValueError: a variant has a fault (the message holds the table), or a target is unknown.
+    """
+    variants = [variant for variant in all_variants() if config.name in variant.name]
+    reports = check_kernels(config.targets.split(","), variants)
+    table = format_reports(reports)
+    if any(report.faults for report in reports):
+        raise ValueError(f"kernels with faults\n{table}")
+    return table
 
 
 def format_reports(reports: Sequence[KernelReport]) -> str:

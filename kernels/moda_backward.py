@@ -326,7 +326,7 @@ def _apply_gates(
     M, R = h.shape
     modalities, E = gates.shape
     block_e, block_inner = triton.next_power_of_2(E), triton.next_power_of_2(R // E)
-    block_m = max(1, 2048 // (block_e * block_inner))
+    block_m = max(1, 1024 // (block_e * block_inner))
     programs = triton.cdiv(M, block_m)
     dgates = None
     if needs_gates:

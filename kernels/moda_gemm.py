@@ -65,7 +65,7 @@ def gated_linear_kernel(
 
     dtype = x_ptr.dtype.element_ty
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first_rank in range(0, PADDED_R, BLOCK_R):
+    for first_rank in tl.range(0, PADDED_R, BLOCK_R, num_stages=1):
         ranks = first_rank + tl.arange(0, BLOCK_R)
         gated = load_gated(
             h_ptr,

@@ -244,7 +244,7 @@ def gate_gradient(rank: int, per_row: bool) -> KernelVariant:
             "GATE_PER_ROW": per_row,
             "NEEDS_DH": True,
             "NEEDS_GATES": True,
-            "BLOCK_M": max(1, 2048 // (EXPERTS * block_inner)),
+            "BLOCK_M": max(1, 1024 // (EXPERTS * block_inner)),
             "BLOCK_E": EXPERTS,
             "BLOCK_RANK_PER_EXPERT": padded_inner,
         },

@@ -123,11 +123,30 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PADDED_R: tl.constexpr,
 ):
     blocks_of_columns = tl.cdiv(K, BLOCK_K)
     rows = tl.program_id(0) // blocks_of_columns * BLOCK_N + tl.arange(0, BLOCK_N)
     first_column = tl.program_id(0) % blocks_of_columns * BLOCK_K
     columns = first_column + tl.arange(0, BLOCK_K)
+    update = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    if HAS_FOLD:
+        for first_rank in tl.range(0, PADDED_R, BLOCK_R, num_stages=1):
+            ranks = first_rank + tl.arange(0, BLOCK_R)
+            rank_mask = ranks < R
+            gates = tl.load(gates_ptr + ranks // rank_per_expert, mask=rank_mask, other=0.0).to(tl.float32) * scaling
+            lora_B = tl.load(
+                lora_B_ptr + rows.to(tl.int64)[:, None] * stride_B_row + ranks[None, :],
+                mask=(rows < N)[:, None] & rank_mask[None, :],
+                other=0.0,
+            )
+            lora_A = tl.load(
+                lora_A_ptr + ranks.to(tl.int64)[:, None] * stride_A_row + columns[None, :],
+                mask=rank_mask[:, None] & (columns < K)[None, :],
+                other=0.0,
+            )
+            gated = lora_B.to(tl.float32) * gates[None, :]
+            update = tl.dot(gated, lora_A.to(tl.float32), update, input_precision="tf32x3")
     weight = decode_tile(
         data_ptr,
         absmax_ptr,
@@ -146,24 +165,10 @@ def decode_kernel(
         BLOCK_N,
         BLOCK_K,
     )
+    if HAS_FOLD:
+        weight += update
     index = rows.to(tl.int64)[:, None] * K + columns[None, :]
     mask = (rows < N)[:, None] & (columns < K)[None, :] & (index < elements)
-    if HAS_FOLD:
-        ranks = tl.arange(0, BLOCK_R)
-        rank_mask = ranks < R
-        gates = tl.load(gates_ptr + ranks // rank_per_expert, mask=rank_mask, other=0.0).to(tl.float32) * scaling
-        lora_B = tl.load(
-            lora_B_ptr + rows.to(tl.int64)[:, None] * stride_B_row + ranks[None, :],
-            mask=(rows < N)[:, None] & rank_mask[None, :],
-            other=0.0,
-        )
-        lora_A = tl.load(
-            lora_A_ptr + ranks.to(tl.int64)[:, None] * stride_A_row + columns[None, :],
-            mask=rank_mask[:, None] & (columns < K)[None, :],
-            other=0.0,
-        )
-        gated = lora_B.to(tl.float32) * gates[None, :]
-        weight += tl.dot(gated, lora_A.to(tl.float32), input_precision="tf32x3")
     tl.store(weight_ptr + index, weight.to(weight_ptr.dtype.element_ty), mask=mask)
 
 
@@ -269,7 +274,7 @@ def finish_product_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if HAS_LORA:
-        for first_rank in range(0, PADDED_R, BLOCK_R):
+        for first_rank in tl.range(0, PADDED_R, BLOCK_R, num_stages=1):
             ranks = first_rank + tl.arange(0, BLOCK_R)
             gated = load_gated(
                 h_ptr,
@@ -304,11 +309,11 @@ def placement_of(columns: int, blocksize: int) -> int:
     return EVEN.value if columns % 2 == 0 else ODD.value
 
 
-def decode_blocks(rank: int) -> tuple[int, int, int]:
+def decode_blocks(rank: int, placement: int) -> tuple[int, int, int]:
     """Rows and columns of a program's tile and its warps, for decoding with a fold of total rank `rank` (0: none)."""
     if rank == 0:
         return 8, 512, 4
-    return (64, 64, 4) if rank <= 64 else (32, 64, 4)
+    return 64, 64, 8 if placement == ODD.value else 4
 
 
 def small_product_blocks(M: int, element_size: int) -> tuple[int, int, int]:
@@ -361,7 +366,7 @@ def decode_4bit(
         # Nothing depends on where rows begin: cut the flattened matrix into rows of whole blocks.
         K = max(blocksize, 512)
         N = triton.cdiv(elements, K)
-    block_n, block_k, num_warps = decode_blocks(R)
+    block_n, block_k, num_warps = decode_blocks(R, placement_of(K, blocksize))
     absmax, code, nested_absmax, nested_code, offset = unpack_statistics(statistics)
     decode_kernel[(triton.cdiv(N, block_n) * triton.cdiv(K, block_k),)](
         data,
@@ -388,7 +393,8 @@ def decode_4bit(
         PLACEMENT=placement_of(K, blocksize),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        BLOCK_R=padded_rank(R),
+        BLOCK_R=rank_block(torch.float32, R),
+        PADDED_R=padded_rank(R),
         num_warps=num_warps,
         num_stages=1,
         enable_fp_fusion=False,

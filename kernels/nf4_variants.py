@@ -26,7 +26,7 @@ def _weight_bytes(nested: bool) -> int:
 
 def decode(nested: bool, rank: int = 0, placement: int = nf4.ALIGNED.value) -> KernelVariant:
     signature, constexprs = _statistics(nested)
-    block_n, block_k, num_warps = nf4.decode_blocks(rank)
+    block_n, block_k, num_warps = nf4.decode_blocks(rank, placement)
     lora = {"lora_A_ptr": "*fp32", "lora_B_ptr": "*fp32", "gates_ptr": "*fp32"}
     floor = _weight_bytes(nested) + 2 * N * K + 4 * rank * (N + K)
     return KernelVariant(
@@ -48,7 +48,8 @@ def decode(nested: bool, rank: int = 0, placement: int = nf4.ALIGNED.value) -> K
             "PLACEMENT": placement,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
-            "BLOCK_R": padded_rank(rank),
+            "BLOCK_R": min(padded_rank(rank), 32),
+            "PADDED_R": padded_rank(rank),
         },
         num_warps=num_warps,
         num_stages=1,

@@ -1,0 +1,76 @@
+"""Representative kernels compile for every chip without spills, on tensor cores, within shared memory; without a GPU.
+
+The compiler and the interpreter exclude each other in one process, so everything here runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+REPRESENTATIVE = (
+    "project bf16 R=16 dropout",
+    "expand_add bf16 R=16",
+    "gated_linear bf16 R=16",
+    "dy_pass bf16 R=16",
+    "dx_pass bf16 R=16 dropout",
+    "gate gradient R=16",
+    "decode nested fold R=16",
+    "small product bf16 M=1 nested",
+)
+
+CHECK = f"""
+from sda_fast.kernels.gate import all_variants, check_kernels, format_reports
+variants = [variant for variant in all_variants() if variant.name in {REPRESENTATIVE!r}]
+assert len(variants) == {len(REPRESENTATIVE)}, [variant.name for variant in variants]
+names = [variant.name for variant in all_variants()]
+assert len(set(names)) == len(names), "two variants have one name"
+reports = check_kernels(variants=variants)
+print(format_reports(reports))
+assert len(reports) == 3 * len(variants)
+assert not any(report.faults for report in reports)
+hopper = [report for report in reports if report.target == "sm_90" and report.variant.name.startswith("gated_linear")]
+assert hopper[0].instructions["wgmma"] > 0
+"""
+
+FAULTY = """
+import dataclasses
+from sda_fast.kernels.gate import all_variants, check_variant
+variants = {variant.name: variant for variant in all_variants()}
+gemm = variants["gated_linear bf16 R=16"]
+tall = dataclasses.replace(gemm, constexprs={**gemm.constexprs, "BLOCK_M": 256, "BLOCK_N": 256}, num_warps=4)
+report = check_variant(tall, "sm_80")
+assert report.spill_bytes > 0 and any("local memory" in fault for fault in report.faults), report
+assert any("shared memory" in fault for fault in report.faults), report
+decode = dataclasses.replace(variants["decode"], tensor_cores=True)
+assert check_variant(decode, "sm_80").faults == ("no tensor-core instruction",)
+"""
+
+INTERPRETED = """
+from sda_fast.kernels.gate import check_kernels
+try:
+    check_kernels()
+except RuntimeError as error:
+    assert "TRITON_INTERPRET" in str(error)
+else:
+    raise AssertionError("compiled in the interpreter")
+"""
+
+
+def run(code: str, **environment: str) -> None:
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_representative_kernels_pass_the_gate():
+    run(CHECK)
+
+
+def test_the_gate_sees_spills_shared_memory_and_missing_tensor_cores():
+    run(FAULTY)
+
+
+def test_the_gate_refuses_to_run_in_the_interpreter():
+    run(INTERPRETED, TRITON_INTERPRET="1")
