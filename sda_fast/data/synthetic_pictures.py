@@ -47,8 +47,8 @@ def draw_item(factors: Mapping[str, int], rng: np.random.Generator, side: int = 
     scale = rng.uniform(0.68, 0.95)
     inner = round(size * scale)
     angle = rng.uniform(-18, 18)
-    turned = shape.rotate(angle, Image.Resampling.BILINEAR).resize((inner, inner))
-    turned_fill = fill.rotate(angle, Image.Resampling.BILINEAR, fillcolor=base).resize((inner, inner))
+    turned = shape.resize((inner, inner)).rotate(angle, Image.Resampling.BILINEAR)
+    turned_fill = fill.resize((inner, inner)).rotate(angle, Image.Resampling.NEAREST, fillcolor=base)
     room = size - inner
     corner = (int(rng.integers(0, room + 1)), int(rng.integers(0, room + 1)))
     shadow = (corner[0] + size // 40, corner[1] + size // 40)
