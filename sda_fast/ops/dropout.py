@@ -140,5 +140,5 @@ def drop(values: Tensor, bits: Tensor) -> Tensor:
     """
     rows, columns = values.shape
     integer = INTEGER_OF_SIZE[values.element_size()]
-    masks = byte_masks(integer, values.device).index_select(0, bits.reshape(-1).int()).view(rows, -1)
+    masks = byte_masks(integer, values.device).index_select(0, bits.reshape(-1).int()).view(rows, bits.shape[1] * 8)
     return torch.bitwise_and(values.contiguous().view(integer), masks[:, :columns]).view(values.dtype)

@@ -160,7 +160,7 @@ def gate_gradient(products: Tensor, member: Member, modality_ids: Tensor | None)
     """dg = scaling * the sum of dhg * h over the rows of a modality and the ranks of an expert, in the shape of gates."""
     modalities, experts = member.gates.shape
     lines = modalities if modality_ids is None else modality_ids.shape[0]
-    of_line = by_id(products, lines).sum(1).view(lines, experts, -1).sum(2) * member.scaling
+    of_line = by_id(products, lines).sum(1).view(lines, experts, products.shape[1] // experts).sum(2) * member.scaling
     if modality_ids is None:
         return of_line
     # A product with the indicator of each modality, because index_add is not deterministic on a GPU.

@@ -1,0 +1,85 @@
+"""bitsandbytes 4-bit weights: our decoding against bitsandbytes' own, and against the weight that was quantised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sda_fast.ops.quantized import decode, decode_absmax, decode_in_pytorch, describe_weight, layer_kind
+
+bnb = pytest.importorskip("bitsandbytes")
+
+SHAPES = [(64, 64), (33, 100), (17, 129), (96, 160), (1, 17), (40, 1024)]
+
+
+def quantised(N: int, K: int, *, nested: bool = True, quant_type: str = "nf4", storage: torch.dtype = torch.uint8):
+    torch.manual_seed(N * 1000 + K)
+    weight = torch.randn(N, K)
+    packed = bnb.nn.Params4bit(
+        weight.clone(), requires_grad=False, quant_type=quant_type, compress_statistics=nested, quant_storage=storage
+    )
+    return weight, packed.to("cpu")
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_decoded_weight_is_near_the_one_quantised_for_any_shape(N: int, K: int, nested: bool, quant_type: str) -> None:
+    weight, packed = quantised(N, K, nested=nested, quant_type=quant_type)
+    decoded = decode(*describe_weight(packed), torch.float32)
+    # 16 levels of a normal distribution leave about 0.07 (nf4) to 0.1 (fp4) of mean error; a misplaced block over 0.5.
+    assert (decoded - weight).abs().mean() < 0.13
+
+
+@pytest.mark.parametrize(("N", "K"), [(64, 64), (17, 192), (40, 1024)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pytorch_decoding_equals_bitsandbytes_bit_for_bit(N: int, K: int, dtype: torch.dtype) -> None:
+    _, packed = quantised(N, K)
+    layout, data, statistics = describe_weight(packed)
+    ours = torch.full((N * K,), float("nan"), dtype=dtype)
+    decode_in_pytorch(layout, data.reshape(-1), decode_absmax(layout, statistics), statistics[1], ours)
+    absmax = bnb.functional.dequantize_blockwise(statistics[0], packed.quant_state.state2) + packed.quant_state.offset
+    theirs = torch.ops.bitsandbytes.dequantize_4bit(data, absmax, layout.blocksize, "nf4", (N, K), dtype)
+    assert torch.equal(ours.view(N, K), theirs)
+
+
+def test_float64_is_the_float32_decoding_widened() -> None:
+    _, packed = quantised(33, 100)
+    described = describe_weight(packed)
+    narrow = decode(*described, torch.float32).clone()
+    assert torch.equal(decode(*described, torch.float64), narrow.double())
+
+
+def test_other_storage_dtypes_hold_the_same_bytes() -> None:
+    _, bytes_ = quantised(32, 64)
+    _, halves = quantised(32, 64, storage=torch.bfloat16)
+    assert halves.dtype == torch.bfloat16
+    assert torch.equal(decode(*describe_weight(bytes_), torch.float32), decode(*describe_weight(halves), torch.float32))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_weights_repacked_for_cpu_evaluation_are_restored(nested: bool) -> None:
+    weight, packed = quantised(64, 128, nested=nested)
+    before = decode(*describe_weight(packed), torch.float32).clone()
+    packed.data, packed.quant_state = bnb.functional._convert_weight_packed_for_cpu(packed.data, packed.quant_state)
+    assert packed.quant_state.packing_format_for_cpu
+    after = decode(*describe_weight(packed), torch.float32)
+    assert not packed.quant_state.packing_format_for_cpu
+    # Repacking rounds the block scales to bfloat16, 8 bits.
+    torch.testing.assert_close(after, before, rtol=2**-8, atol=0)
+    torch.testing.assert_close(bnb.functional.dequantize_4bit(packed.data, packed.quant_state), before, rtol=0.02, atol=1e-3)
+    assert (after - weight).abs().mean() < 0.1
+
+
+def test_a_weight_not_quantised_yet_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not quantised yet"):
+        describe_weight(bnb.nn.Params4bit(torch.randn(4, 4), requires_grad=False))
+
+
+def test_kinds_of_layers() -> None:
+    assert layer_kind(nn.Linear(4, 4)) == "float"
+    assert layer_kind(bnb.nn.Linear4bit(4, 4)) == "4bit"
+    assert layer_kind(bnb.nn.LinearNF4(4, 4)) == "4bit"
+    assert layer_kind(nn.Bilinear(4, 4, 4)) is None
+    assert layer_kind(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)) is None
