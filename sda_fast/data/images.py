@@ -30,6 +30,7 @@ _UNDECODABLE = (
     EOFError,
     LookupError,
     AttributeError,
+    RuntimeError,
     OverflowError,
     struct.error,
     zlib.error,

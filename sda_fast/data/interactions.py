@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import logging
 import math
@@ -17,7 +16,7 @@ import numpy as np
 from sda_fast.data.atomic import write_bytes_atomic
 from sda_fast.data.errors import DataError, log_warnings
 from sda_fast.data.items import Catalogue, check_id
-from sda_fast.data.lines import read_lines
+from sda_fast.data.lines import read_lines, split_fields
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def read_interactions(
     if not header.strip():
         raise DataError("expected a header line with user_id, item_id, timestamp, got an empty line", path, 1)
     delimiter = max(_DELIMITERS, key=header.count)
-    columns = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
+    columns = [name.strip() for name in split_fields(header, delimiter, path, 1)]
     user_at = _column(columns, user_column, USER_COLUMNS, path)
     item_at = _column(columns, item_column, ITEM_COLUMNS, path)
     time_at = _column(columns, timestamp_column, TIMESTAMP_COLUMNS, path)
@@ -188,12 +187,7 @@ def _read_rows(
         if not line.strip():
             warnings["blank_line"] += 1
             continue
-        fields = line.split(delimiter)
-        if '"' in line and delimiter != "\t":
-            try:
-                fields = next(csv.reader([line], delimiter=delimiter, strict=True))
-            except csv.Error as error:
-                raise DataError(f"broken quoting: {error}", path, line_number) from error
+        fields = split_fields(line, delimiter, path, line_number)
         if len(fields) != width:
             raise DataError(f"expected {width} fields as in the header, got {len(fields)}", path, line_number)
         users.append(fields[user_at])

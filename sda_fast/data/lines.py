@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,20 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         if line_number == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)
         yield line_number, line.rstrip("\r\n")
+
+
+def split_fields(line: str, delimiter: str, path: str | Path, line_number: int) -> list[str]:
+    """The fields of one table line; double quotes have their CSV meaning except between tabs.
+
+    Raises:
+        DataError: broken quoting.
+    """
+    if '"' not in line or delimiter == "\t":
+        return line.split(delimiter)
+    try:
+        return next(csv.reader([line], delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise DataError(f"broken quoting: {error}", path, line_number) from error
 
 
 def _read_chunks(path: Path) -> Iterator[bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import re
 from pathlib import Path
@@ -14,7 +13,7 @@ from sda_fast.data.download import find_images
 from sda_fast.data.errors import DataError
 from sda_fast.data.interactions import k_core, read_interactions, select_rows, write_interactions
 from sda_fast.data.items import Catalogue, Item, write_items
-from sda_fast.data.lines import read_lines
+from sda_fast.data.lines import read_lines, split_fields
 
 logger = logging.getLogger(__name__)
 
@@ -106,13 +105,13 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str,
     lines = [(number, line) for number, line in read_lines(path) if line.strip()]
     if not lines:
         raise DataError("is empty", path)
-    header = next(csv.reader([lines[0][1]]))
+    header = split_fields(lines[0][1], ",", path, lines[0][0])
     missing = [name for name in columns if name not in header]
     if missing:
         raise DataError(f"expected the columns {list(columns)}, the header has {header}", path, 1)
     rows = []
     for number, line in lines[1:]:
-        fields = next(csv.reader([line]))
+        fields = split_fields(line, ",", path, number)
         if len(fields) != len(header):
             raise DataError(f"expected {len(header)} fields as in the header, got {len(fields)}", path, number)
         rows.append((number, dict(zip(header, fields, strict=True))))

@@ -83,6 +83,9 @@ HEADER = "user_id\titem_id\ttimestamp\n"
         (HEADER + "u\ti\t1\nu\t \t1\n", 3, "the item id is empty"),
         (HEADER.encode() + b"u\ti\t1\n\xff\ti\t2\n", 3, "not UTF-8: byte 0xff"),
         ('user,item,time\n"u,i,1\n', 2, "broken quoting"),
+        ('"user,item,time\nu,i,1\n', 1, "broken quoting"),
+        ("user,item,time\ru,i,1\r", 1, "a column named timestamp or time"),
+        (HEADER + "u\ta\rb\t1\n", 2, "control character"),
     ],
 )
 def test_faults_are_errors_with_file_and_line(tmp_path, text, line, message):
