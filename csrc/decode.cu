@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(PackedWeight weight, u
   const int64_t warp_stride = int64_t(gridDim.x) * kWarps;
   const int64_t first_tile = int64_t(blockIdx.x) * kWarps + warp;
 
+  const BlockScales scales(weight);
   float code[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) code[i] = load_cached(weight.code + i);
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(PackedWeight weight, u
     const uint4 current = words;
     if (tile + warp_stride < full_tiles) words = load_streaming(packed + (tile + warp_stride) * 32 + lane);
     const int64_t element = tile * kTile + lane * 32;
-    const BytePlanes planes = product_table<Out>(code, block_scale(weight, element >> weight.log2_block_size));
+    const BytePlanes planes = product_table<Out>(code, scales.at(element >> weight.log2_block_size));
     exchange[warp][swizzled(4 * lane + 0)] = decode_word(planes, current.x);
     exchange[warp][swizzled(4 * lane + 1)] = decode_word(planes, current.y);
     exchange[warp][swizzled(4 * lane + 2)] = decode_word(planes, current.z);
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(PackedWeight weight, u
 
   for (int64_t element = full_tiles * kTile + int64_t(blockIdx.x) * kThreads + threadIdx.x; element < weight.numel;
        element += int64_t(gridDim.x) * kThreads) {
-    out[element] = Out::round(decode_element(weight, element));
+    out[element] = Out::round(decode_element(weight, scales, element));
   }
 }
 

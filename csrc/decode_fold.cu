@@ -43,10 +43,10 @@ __device__ __forceinline__ Split split_tf32(float value) {
   return {high, float_bits(value - bits_float(high))};
 }
 
-// Column (within a lane's group of 32) that row-of-B `n` of matrix tile `tile` (0..3) stands for: lanes 4g..4g+3 end up
-// with columns 8t..8t+7, two from each tile.
-__device__ __forceinline__ int permuted_column(int tile, int n) { return (n >> 1) * 8 + tile * 2 + (n & 1); }
+__device__ __forceinline__ int clamp_to(int index, int size) { return index < size ? index : size - 1; }
 
+// Numbering of the columns: of the 32 in a half, lane `member` of every group of four decodes 8 * member ... + 7. Its
+// accumulators are columns 2 * member and + 1 of matrix tiles 0..3, so row n of B in tile p is column 8 * (n / 2) + 2p + n % 2.
 template <typename Out, typename Lora>
 __global__ void __launch_bounds__(kThreads, 2) decode_fold_kernel(PackedWeight weight, FoldPointers fold, uint16_t* out) {
   SDA_SHARED float code[16];
@@ -57,72 +57,91 @@ __global__ void __launch_bounds__(kThreads, 2) decode_fold_kernel(PackedWeight w
   const int first_column = blockIdx.x % column_tiles * kTileColumns + warp % kColumnWarps * kWarpColumns;
   if (threadIdx.x < 16) code[threadIdx.x] = load_cached(weight.code + threadIdx.x);
 
+  int rows[4];      // of this lane, and columns of its two words; clamped, as stores alone are masked
+  int columns[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) rows[i] = clamp_to(first_row + i * 8 + group, fold.rows);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    columns[half] = first_column + half * 32 < fold.columns ? first_column + half * 32 : 0;
+  }
+
   uint32_t words[4][2];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int row = first_row + i * 8 + group;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int column = first_column + half * 32 + member * 8;
-      const bool inside = row < fold.rows && column < fold.columns;
-      const int64_t element = inside ? int64_t(row) * fold.columns + column : 0;
+      const int column = clamp_to(columns[half] / 8 + member, fold.columns / 8) * 8;
+      const int64_t element = int64_t(rows[i]) * fold.columns + column;
       words[i][half] = load_cached(reinterpret_cast<const uint32_t*>(weight.packed + (element >> 1)));
     }
   }
 
   float sums[2][8][4] = {};  // [row tile of 16][column tile of 8][accumulators]
   for (int first_rank = 0; first_rank < fold.rank; first_rank += 8) {
-    const int rank0 = first_rank + member, rank1 = first_rank + member + 4;
-    const bool has_rank0 = rank0 < fold.rank, has_rank1 = rank1 < fold.rank;
-    const float gate0 = has_rank0 ? scaled_gate(fold, rank0) : 0.f, gate1 = has_rank1 ? scaled_gate(fold, rank1) : 0.f;
+    // A rank beyond the last one reads the last and is multiplied by zero.
+    const int rank0 = clamp_to(first_rank + member, fold.rank), rank1 = clamp_to(first_rank + member + 4, fold.rank);
+    const float gate0 = first_rank + member < fold.rank ? scaled_gate(fold, rank0) : 0.f;
+    const float gate1 = first_rank + member + 4 < fold.rank ? scaled_gate(fold, rank1) : 0.f;
     uint32_t high[2][4], low[2][4];
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = first_row + tile * 16 + (i & 1) * 8 + group;
-        const bool inside = row < fold.rows && (i < 2 ? has_rank0 : has_rank1);
-        const float b = inside ? lora_value<Lora>(fold.lora_B, row * fold.rank + (i < 2 ? rank0 : rank1)) : 0.f;
-        const Split split = split_tf32(multiply_rounded(i < 2 ? gate0 : gate1, b));
-        high[tile][i] = split.high;
-        low[tile][i] = split.low;
-      }
+    for (int i = 0; i < 4; ++i) {
+      const Split split0 = split_tf32(multiply_rounded(gate0, lora_value<Lora>(fold.lora_B, rows[i] * fold.rank + rank0)));
+      const Split split1 = split_tf32(multiply_rounded(gate1, lora_value<Lora>(fold.lora_B, rows[i] * fold.rank + rank1)));
+      high[i / 2][i % 2] = split0.high, low[i / 2][i % 2] = split0.low;
+      high[i / 2][i % 2 + 2] = split1.high, low[i / 2][i % 2 + 2] = split1.low;
     }
 #pragma unroll
-    for (int tile = 0; tile < 8; ++tile) {
-      const int column = first_column + (tile >> 2) * 32 + permuted_column(tile & 3, group);
-      const bool inside = column < fold.columns;
-      const Split a0 =
-          split_tf32(inside && has_rank0 ? lora_value<Lora>(fold.lora_A, rank0 * fold.columns + column) : 0.f);
-      const Split a1 =
-          split_tf32(inside && has_rank1 ? lora_value<Lora>(fold.lora_A, rank1 * fold.columns + column) : 0.f);
+    for (int half = 0; half < 2; ++half) {
+      const int word = clamp_to(columns[half] / 8 + group / 2, fold.columns / 8);
+      const int column = word * 8 + group % 2;
 #pragma unroll
-      for (int rows = 0; rows < 2; ++rows) {
-        mma_tf32_16x8x8(sums[rows][tile], low[rows], a0.high, a1.high);
-        mma_tf32_16x8x8(sums[rows][tile], high[rows], a0.low, a1.low);
-        mma_tf32_16x8x8(sums[rows][tile], high[rows], a0.high, a1.high);
+      for (int pair = 0; pair < 4; ++pair) {
+        const Split a0 = split_tf32(lora_value<Lora>(fold.lora_A, rank0 * fold.columns + column + 2 * pair));
+        const Split a1 = split_tf32(lora_value<Lora>(fold.lora_A, rank1 * fold.columns + column + 2 * pair));
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          float(&sum)[4] = sums[tile][half * 4 + pair];
+          mma_tf32_16x8x8(sum, low[tile], a0.high, a1.high);
+          mma_tf32_16x8x8(sum, high[tile], a0.low, a1.low);
+          mma_tf32_16x8x8(sum, high[tile], a0.high, a1.high);
+        }
       }
     }
   }
   __syncthreads();
 
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = first_row + i * 8 + group;
+  const uint8_t* code_bytes = reinterpret_cast<const uint8_t*>(code);
+  const BlockScales block_scales(weight);
+  // Where 32 neighbouring columns share a block, a lane fetches the two scales of one row for all lanes.
+  const bool shared_scales = fold.columns % 32 == 0;
+  float row_scales[2] = {};
+  if (shared_scales) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int column = first_column + half * 32 + member * 8;
-      const int64_t element = int64_t(row) * fold.columns + column;
-      if (row >= fold.rows || column >= fold.columns) continue;
-      const float scale = block_scale(weight, element >> weight.log2_block_size);
+      const int64_t element = int64_t(clamp_to(first_row + lane, fold.rows)) * fold.columns + columns[half];
+      row_scales[half] = block_scales.at(element >> weight.log2_block_size);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + i * 8 + group, column = first_column + half * 32 + member * 8;
+      const bool inside = row < fold.rows && column < fold.columns;
+      const int64_t element = inside ? int64_t(row) * fold.columns + column : 0;
+      const float scale = shared_scales ? shuffle_from(row_scales[half], i * 8 + group)
+                                        : block_scales.at(element >> weight.log2_block_size);
       float values[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float update = sums[i >> 1][half * 4 + (j >> 1)][(i & 1) * 2 + (j & 1)];
-        values[j] = multiply_add(code[(words[i][half] >> nibble_shift(j)) & 15], scale, update);
+        const float update = sums[i / 2][half * 4 + j / 2][(i % 2) * 2 + j % 2];
+        values[j] = multiply_add(*reinterpret_cast<const float*>(code_bytes + nibble_offset(words[i][half], j)), scale, update);
       }
-      *reinterpret_cast<uint4*>(out + element) = uint4{Out::pack(values[0], values[1]), Out::pack(values[2], values[3]),
-                                                       Out::pack(values[4], values[5]), Out::pack(values[6], values[7])};
+      if (inside) {
+        *reinterpret_cast<uint4*>(out + element) = uint4{Out::pack(values[0], values[1]), Out::pack(values[2], values[3]),
+                                                         Out::pack(values[4], values[5]), Out::pack(values[6], values[7])};
+      }
     }
   }
 }
@@ -130,6 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_fold_kernel(PackedWeight w
 // Any K and any alignment, one element a thread.
 template <typename Out, typename Lora>
 __global__ void __launch_bounds__(kThreads) decode_fold_any_kernel(PackedWeight weight, FoldPointers fold, uint16_t* out) {
+  const BlockScales scales(weight);
   for (int64_t element = int64_t(blockIdx.x) * kThreads + threadIdx.x; element < weight.numel;
        element += int64_t(gridDim.x) * kThreads) {
     const int row = int(element / fold.columns);
@@ -140,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) decode_fold_any_kernel(PackedWeight 
       sum = multiply_add(b, lora_value<Lora>(fold.lora_A, r * fold.columns + column), sum);
     }
     const float code = load_cached(weight.code + nibble_at(weight, element));
-    out[element] = Out::round(multiply_add(code, block_scale(weight, element >> weight.log2_block_size), sum));
+    out[element] = Out::round(multiply_add(code, scales.at(element >> weight.log2_block_size), sum));
   }
 }
 

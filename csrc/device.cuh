@@ -45,6 +45,10 @@ __device__ __forceinline__ float shuffle_xor(float value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
+__device__ __forceinline__ float shuffle_from(float value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 // Separate roundings: the compiler must not contract these into one.
 __device__ __forceinline__ float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add_rounded(float a, float b) { return __fadd_rn(a, b); }

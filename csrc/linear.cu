@@ -83,30 +83,40 @@ __global__ void __launch_bounds__(kThreads, ctas_per_multiprocessor(kColumnTiles
   const float inverse_multiplier = 1.f / linear.code_multiplier;
   const uint8_t* lane_table = reinterpret_cast<const uint8_t*>(table) + lane * 4;
 
-  const int64_t steps = linear.K / kStep;
+  const BlockScales block_scales(weight);
+  const int steps = int(linear.K / kStep);
+  const int log2_steps_per_block = weight.log2_block_size - (kWords == 1 ? 5 : (kWords == 2 ? 6 : 7));
   const int64_t row_blocks = (linear.N + 16 * kRowTiles - 1) / (16 * kRowTiles);
   for (int64_t row_block = blockIdx.x; row_block < row_blocks; row_block += gridDim.x) {
     const int64_t first_row = (row_block * kRowTiles + row_tile) * 16;
-    int64_t row_start[2];
+    uint32_t first_unit[2];  // steps before the row
+    const uint8_t* row_bytes[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t row = first_row + i * 8 + group;
-      row_start[i] = (row < linear.N ? row : linear.N - 1) * linear.K;
+      first_unit[i] = uint32_t((row < linear.N ? row : linear.N - 1) * steps);
+      row_bytes[i] = weight.packed + int64_t(first_unit[i]) * (kStep / 2) + member * (4 * kWords);
     }
 
     float sums[kColumnTiles][4] = {};
-    for (int64_t first_step = int64_t(slice) * kUnroll; first_step < steps; first_step += kSlices * kUnroll) {
+    for (int first_step = slice * kUnroll; first_step < steps; first_step += kSlices * kUnroll) {
       uint32_t words[kUnroll][2][kWords];
+      float scale_of_member[2];  // each lane of a group fetches the scales of one step
+      const int member_step = first_step + member % kUnroll < steps ? first_step + member % kUnroll : steps - 1;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scale_of_member[i] = block_scales.at((first_unit[i] + member_step) >> log2_steps_per_block);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int step = first_step + u < steps ? first_step + u : steps - 1;
+          load_words(row_bytes[i] + int64_t(step) * (kStep / 2), words[u][i]);
+        }
+      }
       float scales[kUnroll][2];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int64_t step = first_step + u < steps ? first_step + u : steps - 1;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int64_t element = row_start[i] + step * kStep;
-          load_words(weight.packed + (element >> 1) + member * (4 * kWords), words[u][i]);
-          scales[u][i] = block_scale(weight, element >> weight.log2_block_size);
-        }
+        for (int i = 0; i < 2; ++i) scales[u][i] = shuffle_from(scale_of_member[i], group * 4 + u);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -122,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_multiprocessor(kColumnTiles
             fragments[i][j] = *reinterpret_cast<const uint32_t*>(lane_table + offset);
           }
         }
-        const int64_t k = (first_step + u) * kStep + member * (8 * kWords);
+        const int64_t k = int64_t(first_step + u) * kStep + member * (8 * kWords);
 #pragma unroll
         for (int tile = 0; tile < kColumnTiles; ++tile) {
           const int m = tile * 8 + group < linear.M ? tile * 8 + group : linear.M - 1;
@@ -167,12 +177,13 @@ __global__ void __launch_bounds__(kThreads, ctas_per_multiprocessor(kColumnTiles
 // Any K, any alignment, any M: a warp computes one column of y, four rows of x at a time, in float32 throughout.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) linear_any_kernel(PackedWeight weight, LinearPointers linear) {
+  const BlockScales scales(weight);
   const int lane = threadIdx.x % 32;
   for (int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; n < linear.N; n += int64_t(gridDim.x) * kWarps) {
     for (int first_m = 0; first_m < linear.M; first_m += 4) {
       float sums[4] = {};
       for (int64_t k = lane; k < linear.K; k += 32) {
-        const float value = decode_element(weight, n * linear.K + k);
+        const float value = decode_element(weight, scales, n * linear.K + k);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int m = first_m + i < linear.M ? first_m + i : linear.M - 1;
@@ -233,7 +244,9 @@ void launch(const PackedWeight& weight, const LinearPointers& linear, bool fast,
 
 bool linear_has_fast_path(const PackedWeight& weight, const LinearArguments& arguments) {
   const int64_t step = 32 * words_per_step(weight);
-  return arguments.M <= 64 && arguments.K % step == 0 && is_aligned(weight.packed, 16) && is_aligned(arguments.x, 16);
+  const bool counted_in_32_bits = arguments.N * (arguments.K / step) < (int64_t(1) << 31);
+  return arguments.M <= 64 && arguments.K % step == 0 && arguments.K > 0 && counted_in_32_bits &&
+         is_aligned(weight.packed, 16) && is_aligned(arguments.x, 16);
 }
 
 cudaError_t linear(const PackedWeight& weight, const LinearArguments& arguments, cudaStream_t stream) {

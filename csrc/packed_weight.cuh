@@ -20,25 +20,45 @@ struct PackedWeight {
   int log2_nested_block_size;
 };
 
-__device__ __forceinline__ float block_scale(const PackedWeight& weight, int64_t block) {
-  if (weight.nested_code == nullptr) return load_cached(static_cast<const float*>(weight.absmax) + block);
-  const uint32_t index = load_cached(static_cast<const uint8_t*>(weight.absmax) + block);
-  const float outer = load_cached(weight.nested_absmax + (block >> weight.log2_nested_block_size));
-  return add_rounded(multiply_rounded(load_cached(weight.nested_code + index), outer), load_cached(weight.nested_offset));
-}
+// Scale of a block; the offset of nested statistics is read once.
+struct BlockScales {
+  const void* absmax;
+  const float* nested_code;
+  const float* nested_absmax;
+  float nested_offset;
+  int log2_nested_block_size;
+
+  __device__ __forceinline__ explicit BlockScales(const PackedWeight& weight)
+      : absmax(weight.absmax),
+        nested_code(weight.nested_code),
+        nested_absmax(weight.nested_absmax),
+        nested_offset(weight.nested_code == nullptr ? 0.f : load_cached(weight.nested_offset)),
+        log2_nested_block_size(weight.log2_nested_block_size) {}
+
+  template <typename Index>
+  __device__ __forceinline__ float at(Index block) const {
+    if (nested_code == nullptr) return load_cached(static_cast<const float*>(absmax) + block);
+    const uint32_t index = load_cached(static_cast<const uint8_t*>(absmax) + block);
+    const float outer = load_cached(nested_absmax + (block >> log2_nested_block_size));
+    return add_rounded(multiply_rounded(load_cached(nested_code + index), outer), nested_offset);
+  }
+};
 
 __device__ __forceinline__ uint32_t nibble_at(const PackedWeight& weight, int64_t element) {
   const uint32_t byte = load_cached(weight.packed + (element >> 1));
   return (element & 1) ? byte & 0xF : byte >> 4;
 }
 
-__device__ __forceinline__ float decode_element(const PackedWeight& weight, int64_t element) {
+__device__ __forceinline__ float decode_element(const PackedWeight& weight, const BlockScales& scales, int64_t element) {
   return multiply_rounded(load_cached(weight.code + nibble_at(weight, element)),
-                          block_scale(weight, element >> weight.log2_block_size));
+                          scales.at(element >> weight.log2_block_size));
 }
 
-// Shift that brings element i (0..7) of a little-endian word of eight nibbles to bits 0..3.
-__host__ __device__ constexpr int nibble_shift(int i) { return 8 * (i >> 1) + ((i & 1) ? 0 : 4); }
+// Element i (0..7) of a little-endian word of eight nibbles, times four: the offset of its entry in a float table.
+__device__ __forceinline__ uint32_t nibble_offset(uint32_t word, int i) {
+  const int shift = 8 * (i >> 1) + ((i & 1) ? 0 : 4) - 2;
+  return (shift < 0 ? word << -shift : word >> shift) & 0x3C;
+}
 
 inline bool is_aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 

@@ -177,14 +177,16 @@ inline float multiply_rounded(float a, float b) { return a * b; }
 inline float add_rounded(float a, float b) { return a + b; }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
-inline float shuffle_xor(float value, int lanes) {
+inline float shuffle_from(float value, int source) {
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   emulation::exchanged[warp][lane][0] = float_bits(value);
   sync_warp();
-  const float other = bits_float(emulation::exchanged[warp][lane ^ lanes][0]);
+  const float other = bits_float(emulation::exchanged[warp][source][0]);
   sync_warp();
   return other;
 }
+
+inline float shuffle_xor(float value, int lanes) { return shuffle_from(value, (threadIdx.x % 32) ^ lanes); }
 
 struct BFloat16 {
   using Storage = uint16_t;
