@@ -13,7 +13,13 @@ import triton.language as tl
 
 from sda_fast.kernels.configs import LaunchConfig, config_for, padded_rank, programs_wanted
 from sda_fast.kernels.gating import gate_rows, load_gated
-from sda_fast.kernels.moda_forward import LARGEST_RANK_BLOCK, launch_expand_add, project_partials, with_unit_columns
+from sda_fast.kernels.moda_forward import (
+    LARGEST_RANK_BLOCK,
+    launch_expand_add,
+    project_partials,
+    row_stride,
+    with_unit_columns,
+)
 from sda_fast.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
 # Above these padded ranks a pass is two kernels.
@@ -257,21 +263,21 @@ def dy_pass(
     """
     dy = with_unit_columns(dy)
     (M, N), R, E = dy.shape, h.shape[1], gates.shape[1]
-    float32 = {"dtype": torch.float32, "device": dy.device}
-    dh = (torch.empty(M, R, **float32) if dh_out is None else dh_out) if needs_dh else None
+    float32, device = torch.float32, dy.device
+    dh = (torch.empty(M, R, dtype=float32, device=device) if dh_out is None else dh_out) if needs_dh else None
     if M == 0 or N == 0:
         if dh is not None:
             dh.zero_()
-        dB = torch.zeros(N, R, **float32) if needs_dB else None
-        return dh, dB, torch.zeros(gates.shape, **float32) if needs_gates else None
+        dB = torch.zeros(N, R, dtype=float32, device=device) if needs_dB else None
+        return dh, dB, torch.zeros(gates.shape, dtype=float32, device=device) if needs_gates else None
 
     config = config or config_for("dy_pass", dy.dtype, R)
     needs_dhg = needs_dh or needs_gates
     fused = needs_dhg and padded_rank(R) <= LARGEST_FUSED_DY_RANK
     blocks_of_columns = triton.cdiv(N, config.block_n)
     chunks, blocks_per_chunk = chunks_of_rows(M, config.block_m, blocks_of_columns, dy.device)
-    dhg_parts = torch.empty(blocks_of_columns, M, R, **float32) if fused else None
-    dB_parts = torch.empty(chunks, N, R, **float32) if needs_dB else None
+    dhg_parts = torch.empty(blocks_of_columns, M, R, dtype=float32, device=device) if fused else None
+    dB_parts = torch.empty(chunks, N, R, dtype=float32, device=device) if needs_dB else None
     if fused or needs_dB:
         dy_kernel[(blocks_of_columns, chunks)](
             dy,
@@ -303,7 +309,7 @@ def dy_pass(
             enable_fp_fusion=True,
         )
     if needs_dhg and not fused:
-        dhg = torch.empty(M, R, **float32)
+        dhg = torch.empty(M, R, dtype=float32, device=device)
         project_config = config_for("project", dy.dtype, R)
         dhg_parts = project_partials(dy, lora_B.t(), out=dhg, split_k=None, config=project_config)
         dhg_parts = dhg if dhg_parts is None else dhg_parts
@@ -346,7 +352,7 @@ def _apply_gates(
         M * R,
         h.stride(0),
         gates.stride(0),
-        0 if dh is None else dh.stride(0),
+        row_stride(dh),
         rows_per_sequence,
         R // E,
         modalities,
@@ -394,9 +400,11 @@ def dx_pass(
         return dA
     if R > LARGEST_RANK_BLOCK:
         slices = [slice(start, start + LARGEST_RANK_BLOCK) for start in range(0, R, LARGEST_RANK_BLOCK)]
-        options = {"dropout_p": dropout_p, "seed": seed, "needs_dA": needs_dA, "config": config}
-        parts = [dx_pass(x, dh[:, part], lora_A[part], dx, **options) for part in slices]
-        return torch.cat(parts) if needs_dA else None
+        parts = [
+            dx_pass(x, dh[:, part], lora_A[part], dx, dropout_p=dropout_p, seed=seed, needs_dA=needs_dA, config=config)
+            for part in slices
+        ]
+        return torch.cat([part for part in parts if part is not None]) if needs_dA else None
 
     if dx is not None and padded_rank(R) > LARGEST_FUSED_DX_RANK:
         expand_config = config_for("expand_add", dx.dtype, R)
@@ -404,8 +412,11 @@ def dx_pass(
         dx = None
         if not needs_dA:
             return None
-    x = with_unit_columns(x) if needs_dA else None
-    config = config or config_for("dx_pass", (x if dx is None else dx).dtype, R)
+    activations = x if needs_dA else dx
+    if activations is None:
+        raise ValueError("x is None but dA is wanted")
+    x = with_unit_columns(activations) if needs_dA else None
+    config = config or config_for("dx_pass", activations.dtype, R)
     blocks_of_columns = triton.cdiv(K, config.block_n)
     chunks, blocks_per_chunk = chunks_of_rows(M, config.block_m, blocks_of_columns, dh.device)
     dA_parts = torch.empty(chunks, R, K, dtype=torch.float32, device=dh.device) if needs_dA else None
@@ -419,10 +430,10 @@ def dx_pass(
         M,
         K,
         R,
-        0 if x is None else x.stride(0),
+        row_stride(x),
         dh.stride(0),
         lora_A.stride(0),
-        0 if dx is None else dx.stride(0),
+        row_stride(dx),
         blocks_per_chunk,
         dropout_threshold(dropout_p),
         dropout_scale(dropout_p),

@@ -150,6 +150,11 @@ def with_unit_columns(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
 
+def row_stride(matrix: torch.Tensor | None) -> int:
+    """Elements from one row to the next; 0 for an absent matrix."""
+    return 0 if matrix is None else matrix.stride(0)
+
+
 def project(
     x: torch.Tensor,
     lora_A: torch.Tensor,
@@ -313,7 +318,7 @@ def launch_expand_add(
         h.stride(0),
         weight.stride(1),
         weight.stride(0),
-        0 if gates is None else gates.stride(0),
+        row_stride(gates),
         rows_per_sequence,
         1 if gates is None else R // gates.shape[1],
         scaling,

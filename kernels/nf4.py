@@ -16,6 +16,7 @@ import triton.language as tl
 
 from sda_fast.kernels.configs import padded_rank, programs_wanted, rank_block
 from sda_fast.kernels.gating import load_gated
+from sda_fast.kernels.moda_forward import row_stride
 
 # How a tile of the weight lies on blocks and bytes.
 ALIGNED, EVEN, ODD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -318,7 +319,8 @@ def decode_blocks(rank: int, placement: int) -> tuple[int, int, int]:
 
 def small_product_blocks(M: int, element_size: int) -> tuple[int, int, int]:
     """Rows, outputs and inputs that a program of the small product works on at a time."""
-    return max(16, triton.next_power_of_2(M)), 64, 128 if element_size == 2 else 64
+    outputs, inputs = (64, 128) if element_size == 2 else (32, 32)
+    return max(16, triton.next_power_of_2(M)), outputs, inputs
 
 
 def unpack_statistics(statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
@@ -360,8 +362,9 @@ def decode_4bit(
     weight = torch.empty(shape, dtype=dtype, device=data.device) if out is None else out
     if elements == 0:
         return weight
-    has_fold = lora_A is not None and lora_B is not None and gates is not None and lora_A.shape[0] > 0
-    R = lora_A.shape[0] if has_fold else 0
+    R = 0 if lora_A is None else lora_A.shape[0]
+    rank_per_expert = 1 if gates is None or R == 0 else R // gates.numel()
+    has_fold = R > 0
     if not has_fold:
         # Nothing depends on where rows begin: cut the flattened matrix into rows of whole blocks.
         K = max(blocksize, 512)
@@ -376,16 +379,16 @@ def decode_4bit(
         nested_code,
         offset,
         weight,
-        lora_A if has_fold else None,
-        lora_B if has_fold else None,
-        gates if has_fold else None,
+        lora_A,
+        lora_B,
+        gates,
         N,
         K,
         R,
         elements,
-        lora_A.stride(0) if has_fold else 0,
-        lora_B.stride(0) if has_fold else 0,
-        R // gates.numel() if has_fold else 1,
+        row_stride(lora_A),
+        row_stride(lora_B),
+        rank_per_expert,
         scaling,
         HAS_FOLD=has_fold,
         BLOCKSIZE=blocksize,
@@ -466,14 +469,14 @@ def small_linear_4bit(
         num_stages=3,
         enable_fp_fusion=True,
     )
-    has_lora = h is not None and h.shape[1] > 0
-    R = h.shape[1] if has_lora else 0
+    R = 0 if h is None else h.shape[1]
+    rank_per_expert = 1 if gates is None or R == 0 else R // gates.shape[1]
     finish_product_kernel[(triton.cdiv(N, FINISH_COLUMNS),)](
         parts,
         bias,
-        h if has_lora else None,
-        lora_B if has_lora else None,
-        gates if has_lora else None,
+        h,
+        lora_B,
+        gates,
         modality_ids,
         y,
         M,
@@ -481,15 +484,15 @@ def small_linear_4bit(
         R,
         splits,
         M * N,
-        h.stride(0) if has_lora else 0,
-        lora_B.stride(0) if has_lora else 0,
-        gates.stride(0) if has_lora else 0,
+        row_stride(h),
+        row_stride(lora_B),
+        row_stride(gates),
         y.stride(0),
         rows_per_sequence,
-        R // gates.shape[1] if has_lora else 1,
+        rank_per_expert,
         scaling,
         HAS_BIAS=bias is not None,
-        HAS_LORA=has_lora,
+        HAS_LORA=R > 0,
         GATE_PER_ROW=modality_ids is None,
         BLOCK_M=block_m,
         BLOCK_N=FINISH_COLUMNS,
