@@ -55,4 +55,5 @@ setup(
     packages=[*find_packages(include=["sda_fast", "sda_fast.*"]), "sda_fast.kernels"],
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildCudaLibrary},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )
