@@ -1,0 +1,119 @@
+"""Check every MoDA kernel on small odd shapes against float64, without a test framework (also run under memcheck).
+
+    python bench/check_kernels.py
+
+Prints one line per case; exit status 1 if any error exceeds that of plain PyTorch at the same dtype.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from sda_fast.kernels import moda_naive as naive
+from sda_fast.kernels.moda_backward import dx_pass, dy_pass
+from sda_fast.kernels.moda_forward import expand_add, project
+from sda_fast.kernels.moda_gemm import gated_linear
+from sda_fast.kernels.nf4 import decode_4bit, small_linear_4bit
+from sda_fast.kernels.philox import dropout_scale
+from sda_fast.ops.dropout import keep_mask
+
+SCALING, SEED, DROPOUT = 4.0, 123456789012, 0.1
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+# M, K, N, R, E
+SHAPES = [(17, 129, 70, 24, 8), (129, 64, 33, 66, 33), (40, 129, 17, 256, 64)]
+
+
+def error_ratio(actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> float:
+    """Error over what is allowed: that of the plain version and float32 rounding. NaN counts as infinite."""
+    allowed = 1.05 * torch.linalg.norm(plain.double() - truth) + ROUNDING * torch.linalg.norm(truth)
+    ratio = float(torch.linalg.norm(actual.double() - truth) / allowed)
+    return ratio if ratio == ratio else float("inf")
+
+
+def doubled(*inputs: object) -> list[object]:
+    return [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in inputs]
+
+
+def moda_ratios(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """The error ratio of every MoDA kernel for one shape and dtype."""
+    M, K, N, R, E = shape
+    x, dx = (torch.randn(M, K, device=device).to(dtype) for _ in range(2))
+    y, dy = (torch.randn(M, N, device=device).to(dtype) for _ in range(2))
+    weight = (torch.randn(N, K, device=device) * K**-0.5).to(dtype)
+    lora_A, lora_B = torch.randn(R, K, device=device) * 0.1, torch.randn(N, R, device=device) * 0.1
+    h, dh = torch.randn(M, R, device=device), torch.randn(M, R, device=device)
+    gates, ids = torch.rand(2, E, device=device), torch.randint(0, 2, (M,), device=device)
+    keep, scale = keep_mask(M, K, DROPOUT, SEED, device), dropout_scale(DROPOUT)
+    dropout = {"dropout_p": DROPOUT, "seed": torch.tensor([SEED], device=device)}
+    gate = naive.naive_gate(gates, ids, SCALING, M, R)
+    ratios = {}
+
+    def compare(name: str, actual: tuple[torch.Tensor, ...], function: object, *inputs: object) -> None:
+        plain, truth = function(*inputs), function(*doubled(*inputs))
+        if torch.is_tensor(plain):
+            plain, truth = (plain,), (truth,)
+        ratios[name] = max(error_ratio(*triple) for triple in zip(actual, plain, truth, strict=True))
+
+    compare("project", (project(x, lora_A, **dropout),), naive.naive_project, x, lora_A, keep, scale)
+    compare("project, split", (project(x, lora_A, split_k=3),), naive.naive_project, x, lora_A)
+    updated = expand_add(y.clone(), h, lora_B, gates, ids, SCALING)
+    compare("expand_add", (updated,), naive.naive_expand_add, y, h, lora_B, gate)
+    fused = gated_linear(x, weight, None, h, lora_B, gates, ids, SCALING)
+    compare("gated_linear", (fused,), naive.naive_gated_linear, x, weight, None, h, lora_B, gate)
+    inputs = (dy, h, lora_B, gates, ids, SCALING)
+    compare("dy_pass", dy_pass(*inputs), naive.naive_dy_pass, *inputs)
+    new_dx = dx.clone()
+    dA = dx_pass(x, dh, lora_A, new_dx, **dropout)
+    compare("dx_pass", (dA, new_dx), naive.naive_dx_pass, x, dh, lora_A, dx, keep, scale)
+    return ratios
+
+
+def four_bit_ratios(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """The error ratios of the 4-bit kernels, on random codes and scales."""
+    M, K, N, R, E = shape
+    blocksize, elements = 64, N * K
+    data = torch.randint(0, 256, ((elements + 1) // 2,), dtype=torch.uint8, device=device)
+    absmax = torch.rand(-(-elements // blocksize), device=device) + 0.5
+    code = torch.linspace(-1, 1, 16, device=device)
+    codes = torch.stack((data >> 4, data & 15), dim=1).view(-1)[:elements].long()
+    exact = (code[codes] * absmax[torch.arange(elements, device=device) // blocksize]).view(N, K)
+    decoded = decode_4bit(data, [absmax, code], (N, K), blocksize, dtype=dtype)
+    ratios = {"decode_4bit": 0.0 if torch.equal(decoded, exact.to(dtype)) else float("inf")}
+    lora_A, lora_B = torch.randn(R, K, device=device) * 0.1, torch.randn(N, R, device=device) * 0.1
+    gates = torch.rand(E, device=device)
+    fold = {"lora_A": lora_A, "lora_B": lora_B, "gates": gates, "scaling": SCALING}
+    folded = decode_4bit(data, [absmax, code], (N, K), blocksize, dtype=dtype, **fold)
+    gated = SCALING * lora_B.double() * gates.double().repeat_interleave(R // E)
+    truth = exact.double() + gated @ lora_A.double()
+    ratios["decode_4bit, fold"] = error_ratio(folded, truth.to(dtype), truth)
+    M = min(M, 64)
+    x, h = torch.randn(M, K, device=device).to(dtype), torch.randn(M, R, device=device)
+    gate = SCALING * gates.repeat_interleave(R // E).expand(M, R)
+    options = {"h": h, "lora_B": lora_B, "gates": gates.expand(M, E), "scaling": SCALING}
+    y = small_linear_4bit(x, data, [absmax, code], N, blocksize, **options)
+    plain = naive.naive_gated_linear(x, exact.to(dtype), None, h, lora_B, gate)
+    truth = naive.naive_gated_linear(x.double(), exact.double(), None, h.double(), lora_B.double(), gate.double())
+    ratios["small_linear_4bit"] = error_ratio(y, plain, truth)
+    return ratios
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = torch.bfloat16 if device.type == "cuda" else torch.float16
+    failures = 0
+    torch.manual_seed(0)
+    for shape in SHAPES:
+        for dtype in (torch.float32, half):
+            ratios = {**moda_ratios(shape, dtype, device), **four_bit_ratios(shape, dtype, device)}
+            for name, ratio in ratios.items():
+                failures += ratio > 1
+                verdict = "ok" if ratio <= 1 else "FAILED"
+                print(f"{name:<20} M,K,N,R,E={shape!s:<24} {dtype!s:<15} error/allowed {ratio:8.3f} {verdict}")
+    print(f"{failures} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Correctness, memory check and timings on a machine with a GPU and no network, in less than 8 minutes.
+#   bash bench/gpu.sh [FOLDER FOR RESULTS]
+# Needs torch and triton; pytest, bitsandbytes, peft and compute-sanitizer are used where they are installed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+results=${1:-bench/results}
+mkdir -p "$results"
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
+summary=()
+
+# step NAME SECONDS COMMAND...: run a command within a time limit, keep its output, note how it went.
+step() {
+    local name=$1 limit=$2 started=$SECONDS verdict=ok
+    shift 2
+    timeout "$limit" "$@" >"$results/$name.log" 2>&1
+    local status=$?
+    [ $status -eq 0 ] || verdict="FAILED ($status)"
+    [ $status -ne 124 ] || verdict="out of time ($limit s)"
+    summary+=("$(printf '%-12s %-20s %4d s  %s' "$name" "$verdict" $((SECONDS - started)) "$(tail -n 1 "$results/$name.log")")")
+}
+
+"$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name())' || exit 1
+
+step kernels 100 "$python" bench/check_kernels.py
+if "$python" -c 'import pytest' 2>/dev/null; then
+    # Compiling takes most of the time: one process per kernel, the last one for everything else.
+    parts=(project expand_add gated_linear dy_pass dx_pass decoding fold small_product)
+    rest=$(printf ' or %s' "${parts[@]}")
+    step suite 130 xargs -d '\n' -P 8 -I{} "$python" -m pytest -q -p no:cacheprovider tests/kernels tests/ops tests/moda \
+        -k {} < <(printf '%s\n' "${parts[@]}" "not (${rest# or })")
+else
+    summary+=("suite        not run: pytest is not installed")
+fi
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+if [ -n "$sanitizer" ]; then
+    step memcheck 100 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" bench/check_kernels.py
+else
+    summary+=("memcheck     not run: compute-sanitizer is not installed")
+fi
+step speed 60 "$python" bench/kernel_speed.py --out "$results/kernel_speed.json"
+if [ -f bench/layers.py ]; then
+    step layers 80 "$python" bench/layers.py --out "$results/layers.json"
+    cat "$results/layers.log"
+fi
+cat "$results/speed.log"
+echo
+printf '%s\n' "${summary[@]}"
+[[ "${summary[*]}" != *FAILED* && "${summary[*]}" != *"out of time"* ]]
