@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sda_fast.lvlm.family import Family, family_of, known_model_types
+from sda_fast.lvlm.family import Family, family_of, image_token_id, known_model_types
 from sda_fast.lvlm.processor import load_processor
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,9 @@ def load_lvlm(
         processor = load_processor(name_or_path, config)
     except OSError as error:
         raise FileNotFoundError(f"{name_or_path} lacks a file of the model: {error}") from error
+    if image_token_id(config) >= len(processor.tokenizer):
+        # transformers makes an empty tokenizer where its files are missing.
+        raise FileNotFoundError(f"{name_or_path} lacks a tokenizer that knows the model's image token")
     model.eval().requires_grad_(False)
     if quantization == "nf4":
         check_quantized(model, family)
@@ -114,7 +117,7 @@ def _load_model(auto_class: Any, name_or_path: str | Path, options: dict[str, An
         transformers_logging.set_verbosity(verbosity)
     if report["missing_keys"]:
         raise RuntimeError(f"{name_or_path} lacks the weights {_some(report['missing_keys'])}")
-    unexpected = [name for name in report["unexpected_keys"] if not name.startswith("lm_head.")]
+    unexpected = [name for name in report["unexpected_keys"] if "lm_head." not in name]
     if unexpected:
         logger.warning("%s holds weights that the model has no place for: %s", name_or_path, _some(unexpected))
     return model

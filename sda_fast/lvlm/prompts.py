@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,9 +44,12 @@ def attribute_text(item: Item, config: PromptConfig | None = None) -> str:
     config = config or PromptConfig()
     names = item.attributes.keys() if config.fields is None else config.fields
     parts = [(name, item.attributes[name]) for name in names if has_text(item.attributes.get(name))]
-    return config.separator.join(
-        config.field_format.replace("{name}", name).replace("{value}", value_text(value)) for name, value in parts
-    )
+    return config.separator.join(_attribute_line(config.field_format, name, value_text(value)) for name, value in parts)
+
+
+def _attribute_line(field_format: str, name: str, value: str) -> str:
+    words = {"{name}": name, "{value}": value}
+    return re.sub(r"\{name\}|\{value\}", lambda match: words[match.group()], field_format)
 
 
 def value_text(value: object) -> str:
