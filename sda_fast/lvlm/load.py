@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sda_fast.lvlm.family import Family, family_of, image_token_id, known_model_types
+from sda_fast.lvlm.family import Family, family_of, known_model_types
 from sda_fast.lvlm.processor import load_processor
 
 logger = logging.getLogger(__name__)
@@ -96,9 +96,9 @@ def load_lvlm(
         processor = load_processor(name_or_path, config)
     except OSError as error:
         raise FileNotFoundError(f"{name_or_path} lacks a file of the model: {error}") from error
-    if image_token_id(config) >= len(processor.tokenizer):
-        # transformers makes an empty tokenizer where its files are missing.
-        raise FileNotFoundError(f"{name_or_path} lacks a tokenizer that knows the model's image token")
+    if not processor.tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # transformers makes a tokenizer of special tokens only where the vocabulary is missing.
+        raise FileNotFoundError(f"{name_or_path} lacks a file of the model: its tokenizer has no vocabulary")
     model.eval().requires_grad_(False)
     if quantization == "nf4":
         check_quantized(model, family)
