@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_fold_kernel(PackedWeight w
   const int first_column = blockIdx.x % column_tiles * kTileColumns + warp % kColumnWarps * kWarpColumns;
   if (threadIdx.x < 16) code[threadIdx.x] = load_cached(weight.code + threadIdx.x);
 
-  int rows[4];      // of this lane, and columns of its two words; clamped, as stores alone are masked
-  int columns[2];
+  int rows[4];     // of this lane; clamped, as the stores alone are masked
+  int columns[2];  // where the two groups of 32 columns start
 #pragma unroll
   for (int i = 0; i < 4; ++i) rows[i] = clamp_to(first_row + i * 8 + group, fold.rows);
 #pragma unroll
@@ -71,8 +71,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_fold_kernel(PackedWeight w
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int column = clamp_to(columns[half] / 8 + member, fold.columns / 8) * 8;
-      const int64_t element = int64_t(rows[i]) * fold.columns + column;
+      const int64_t element = int64_t(rows[i]) * fold.columns + columns[half] + member * 8;
       words[i][half] = load_cached(reinterpret_cast<const uint32_t*>(weight.packed + (element >> 1)));
     }
   }
@@ -93,8 +92,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_fold_kernel(PackedWeight w
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int word = clamp_to(columns[half] / 8 + group / 2, fold.columns / 8);
-      const int column = word * 8 + group % 2;
+      const int column = columns[half] + group / 2 * 8 + group % 2;
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         const Split a0 = split_tf32(lora_value<Lora>(fold.lora_A, rank0 * fold.columns + column + 2 * pair));
@@ -113,32 +111,26 @@ __global__ void __launch_bounds__(kThreads, 2) decode_fold_kernel(PackedWeight w
 
   const uint8_t* code_bytes = reinterpret_cast<const uint8_t*>(code);
   const BlockScales block_scales(weight);
-  // Where 32 neighbouring columns share a block, a lane fetches the two scales of one row for all lanes.
-  const bool shared_scales = fold.columns % 32 == 0;
-  float row_scales[2] = {};
-  if (shared_scales) {
+  // 32 neighbouring columns share a block: a lane fetches the two scales of one row for all lanes.
+  float row_scales[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t element = int64_t(clamp_to(first_row + lane, fold.rows)) * fold.columns + columns[half];
-      row_scales[half] = block_scales.at(element >> weight.log2_block_size);
-    }
+  for (int half = 0; half < 2; ++half) {
+    const int64_t element = int64_t(clamp_to(first_row + lane, fold.rows)) * fold.columns + columns[half];
+    row_scales[half] = block_scales.at(element >> weight.log2_block_size);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + i * 8 + group, column = first_column + half * 32 + member * 8;
-      const bool inside = row < fold.rows && column < fold.columns;
-      const int64_t element = inside ? int64_t(row) * fold.columns + column : 0;
-      const float scale = shared_scales ? shuffle_from(row_scales[half], i * 8 + group)
-                                        : block_scales.at(element >> weight.log2_block_size);
+      const float scale = shuffle_from(row_scales[half], i * 8 + group);
       float values[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float update = sums[i / 2][half * 4 + j / 2][(i % 2) * 2 + j % 2];
         values[j] = multiply_add(*reinterpret_cast<const float*>(code_bytes + nibble_offset(words[i][half], j)), scale, update);
       }
-      if (inside) {
+      if (first_row + i * 8 + group < fold.rows && first_column + half * 32 < fold.columns) {
+        const int64_t element = int64_t(rows[i]) * fold.columns + columns[half] + member * 8;
         *reinterpret_cast<uint4*>(out + element) = uint4{Out::pack(values[0], values[1]), Out::pack(values[2], values[3]),
                                                          Out::pack(values[4], values[5]), Out::pack(values[6], values[7])};
       }
@@ -168,7 +160,7 @@ template <typename Out, typename Lora>
 cudaError_t launch(const PackedWeight& weight, const FoldPointers& fold, uint16_t* out, cudaStream_t stream) {
   const unsigned tiles = unsigned(fold.rows + kTileRows - 1) / kTileRows *
                          (unsigned(fold.columns + kTileColumns - 1) / kTileColumns);
-  if (fold.columns % 8 == 0 && is_aligned(weight.packed, 4) && is_aligned(out, 16)) {
+  if (fold.columns % 32 == 0 && is_aligned(weight.packed, 4) && is_aligned(out, 16)) {
     SDA_LAUNCH((decode_fold_kernel<Out, Lora>), tiles, kThreads, stream, weight, fold, out);
   } else {
     const unsigned grid = grid_size((weight.numel + kThreads - 1) / kThreads, int64_t(1) << 20);
