@@ -30,12 +30,12 @@ class TileConfig:
 
 # (kernel, bytes per element): chosen by registers and shared memory of compiled code, not by timing
 CONFIGS: dict[tuple[str, int], TileConfig] = {
-    ("statistics", 2): TileConfig(128, 64, 64, 8, 3),
-    ("statistics", 4): TileConfig(64, 64, 32, 8, 3),
+    ("statistics", 2): TileConfig(64, 64, 64, 8, 3),
+    ("statistics", 4): TileConfig(64, 32, 16, 8, 3),
     ("target_sums", 2): TileConfig(128, 64, 64, 8, 3),
-    ("target_sums", 4): TileConfig(64, 64, 32, 8, 3),
-    ("gradients", 2): TileConfig(128, 64, 64, 8, 3),
-    ("gradients", 4): TileConfig(64, 64, 32, 8, 3),
+    ("target_sums", 4): TileConfig(64, 64, 16, 8, 3),
+    ("gradients", 2): TileConfig(64, 32, 64, 4, 3),
+    ("gradients", 4): TileConfig(64, 32, 16, 8, 3),
 }
 
 NATS_PER_BIT = tl.constexpr(0.6931471805599453)
@@ -89,12 +89,12 @@ def product_tiles(
 
 @triton.jit
 def softmax_parts(scores, AXIS: tl.constexpr):
-    """(log2-sum-exp2, exponentials, their sums) along an axis; -inf marks what does not count."""
+    """(largest, exp2(scores - largest), their sums) along an axis; -inf marks what does not count."""
     largest = tl.max(scores, AXIS)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     exponentials = tl.exp2(scores - tl.expand_dims(shift, AXIS))
     sums = tl.sum(exponentials, AXIS)
-    return shift + tl.log2(sums), exponentials, sums
+    return shift, exponentials, sums
 
 
 @triton.jit
@@ -113,21 +113,25 @@ def store_statistics(
     SOFT: tl.constexpr,
     ROW_NORMALIZED: tl.constexpr,
 ):
-    """Reduce one tile along an axis and leave part `part` of [parts, 4, length]."""
-    out_ptrs = out_ptr + part.to(tl.int64) * 4 * length + local
-    row_lse, _, _ = softmax_parts(tl.where(mask, own_logits, float("-inf")), AXIS)
-    column_lse, _, _ = softmax_parts(tl.where(mask, other_logits, float("-inf")), AXIS)
-    tl.store(out_ptrs, row_lse, mask=local_mask)
-    tl.store(out_ptrs + length, column_lse, mask=local_mask)
+    """Reduce one tile along an axis and leave part `part` of [parts, 7, length]; see `statistics`."""
+    out_ptrs = out_ptr + part.to(tl.int64) * 7 * length + local
+    own_largest, _, own_sums = softmax_parts(tl.where(mask, own_logits, float("-inf")), AXIS)
+    other_largest, _, other_sums = softmax_parts(tl.where(mask, other_logits, float("-inf")), AXIS)
+    tl.store(out_ptrs, own_largest, mask=local_mask)
+    tl.store(out_ptrs + length, own_sums, mask=local_mask)
+    tl.store(out_ptrs + 2 * length, other_largest, mask=local_mask)
+    tl.store(out_ptrs + 3 * length, other_sums, mask=local_mask)
     if SOFT:
-        teacher_lse, exponentials, sums = softmax_parts(tl.where(mask, teacher, float("-inf")), AXIS)
-        weighed = own_logits + other_logits if ROW_NORMALIZED else 2.0 * own_logits
-        target_logits = tl.sum(exponentials * weighed, AXIS) / sums
-        tl.store(out_ptrs + 2 * length, teacher_lse, mask=local_mask)
+        largest, exponentials, sums = softmax_parts(tl.where(mask, teacher, float("-inf")), AXIS)
+        tl.store(out_ptrs + 4 * length, largest, mask=local_mask)
+        tl.store(out_ptrs + 5 * length, sums, mask=local_mask)
+        relative = own_logits - tl.expand_dims(own_largest, AXIS)
+        if ROW_NORMALIZED:
+            relative += other_logits - tl.expand_dims(other_largest, AXIS)
+        target_logits = tl.sum(exponentials * relative, AXIS) / sums
     else:
         target_logits = tl.sum(tl.where(on_diagonal, 2.0 * own_logits, 0.0), AXIS)
-        tl.store(out_ptrs + 2 * length, tl.zeros_like(target_logits), mask=local_mask)
-    tl.store(out_ptrs + 3 * length, target_logits, mask=local_mask)
+    tl.store(out_ptrs + 6 * length, target_logits, mask=local_mask)
 
 
 @triton.jit
@@ -219,10 +223,10 @@ def statistics_kernel(
 
 
 @triton.jit
-def bounded_softmax(scores, log_sum_exp, mask):
-    """exp2(scores - log_sum_exp), at most one where rounding of huge scores says otherwise, NaN kept, zero outside."""
-    exponents = scores - log_sum_exp
-    return tl.where(mask, tl.exp2(tl.where(exponents > 0, 0.0, exponents)), 0.0)
+def below(scores, high, low):
+    """scores - (high + low), at most zero where rounding of huge scores says otherwise; NaN is kept."""
+    difference = (scores - high) - low
+    return tl.where(difference > 0, 0.0, difference)
 
 
 @triton.jit
@@ -230,10 +234,10 @@ def target_sums_kernel(
     x_ptr,
     y_ptr,
     temperature_ptr,
-    teacher_lse_ptr,
-    column_lse_ptr,
+    vectors_ptr,
     for_rows_ptr,
     for_columns_ptr,
+    items_count,
     first_row,
     rows_count,
     first_column,
@@ -276,19 +280,29 @@ def target_sums_kernel(
     )
     teacher *= tl.load(temperature_ptr) * (0.5 * BITS_PER_NAT)
     mask = row_mask[:, None] & column_mask[None, :]
-    targets = bounded_softmax(teacher, tl.load(teacher_lse_ptr + rows, mask=row_mask, other=0.0)[:, None], mask)
-    transposed_targets = bounded_softmax(
-        teacher, tl.load(teacher_lse_ptr + columns, mask=column_mask, other=0.0)[None, :], mask
-    )
-    c_columns = tl.load(column_lse_ptr + columns, mask=column_mask, other=0.0)
-    row_ptrs = for_rows_ptr + column_block.to(tl.int64) * 2 * rows_count + local_rows
+    row_vectors = vectors_ptr + rows
+    column_vectors = vectors_ptr + columns
+    s_rows = tl.load(row_vectors, mask=row_mask, other=0.0)[:, None]
+    s_rows_low = tl.load(row_vectors + items_count, mask=row_mask, other=0.0)[:, None]
+    s_columns = tl.load(column_vectors, mask=column_mask, other=0.0)[None, :]
+    s_columns_low = tl.load(column_vectors + items_count, mask=column_mask, other=0.0)[None, :]
+    c_columns = tl.load(column_vectors + 2 * items_count, mask=column_mask, other=0.0)[None, :]
+    c_columns_low = tl.load(column_vectors + 3 * items_count, mask=column_mask, other=0.0)[None, :]
+    targets = tl.where(mask, tl.exp2(below(teacher, s_rows, s_rows_low)), 0.0)
+    transposed_targets = tl.where(mask, tl.exp2(below(teacher, s_columns, s_columns_low)), 0.0)
+    row_ptrs = for_rows_ptr + column_block.to(tl.int64) * 4 * rows_count + local_rows
     tl.store(row_ptrs, tl.sum(transposed_targets, 1), mask=row_mask)
-    tl.store(row_ptrs + rows_count, tl.sum(targets * c_columns[None, :], 1), mask=row_mask)
+    tl.store(row_ptrs + rows_count, tl.sum(targets, 1), mask=row_mask)
+    tl.store(row_ptrs + 2 * rows_count, tl.sum(targets * c_columns, 1), mask=row_mask)
+    tl.store(row_ptrs + 3 * rows_count, tl.sum(targets * c_columns_low, 1), mask=row_mask)
     if TWO_SIDED:
-        c_rows = tl.load(column_lse_ptr + rows, mask=row_mask, other=0.0)
-        column_ptrs = for_columns_ptr + row_block.to(tl.int64) * 2 * columns_count + local_columns
+        c_rows = tl.load(row_vectors + 2 * items_count, mask=row_mask, other=0.0)[:, None]
+        c_rows_low = tl.load(row_vectors + 3 * items_count, mask=row_mask, other=0.0)[:, None]
+        column_ptrs = for_columns_ptr + row_block.to(tl.int64) * 4 * columns_count + local_columns
         tl.store(column_ptrs, tl.sum(targets, 0), mask=column_mask)
-        tl.store(column_ptrs + columns_count, tl.sum(transposed_targets * c_rows[:, None], 0), mask=column_mask)
+        tl.store(column_ptrs + columns_count, tl.sum(transposed_targets, 0), mask=column_mask)
+        tl.store(column_ptrs + 2 * columns_count, tl.sum(transposed_targets * c_rows, 0), mask=column_mask)
+        tl.store(column_ptrs + 3 * columns_count, tl.sum(transposed_targets * c_rows_low, 0), mask=column_mask)
 
 
 @triton.jit
@@ -354,19 +368,26 @@ def gradients_kernel(
     row_stats = statistics_ptr + rows
     column_stats = statistics_ptr + columns
     r_rows = tl.load(row_stats, mask=row_mask, other=0.0)[:, None]
+    r_rows_low = tl.load(row_stats + items_count, mask=row_mask, other=0.0)[:, None]
     r_columns = tl.load(column_stats, mask=column_mask, other=0.0)[None, :]
-    c_rows = tl.load(row_stats + items_count, mask=row_mask, other=0.0)[:, None]
-    c_columns = tl.load(column_stats + items_count, mask=column_mask, other=0.0)[None, :]
-    q_rows = tl.load(row_stats + 3 * items_count, mask=row_mask, other=0.0)[:, None]
-    q_columns = tl.load(column_stats + 3 * items_count, mask=column_mask, other=0.0)[None, :]
-    d_logits = bounded_softmax(logits, r_rows, mask) + q_columns * bounded_softmax(logits, c_columns, mask)
-    d_transposed = bounded_softmax(transposed_logits, r_columns, mask)
-    d_transposed += q_rows * bounded_softmax(transposed_logits, c_rows, mask)
+    r_columns_low = tl.load(column_stats + items_count, mask=column_mask, other=0.0)[None, :]
+    c_rows = tl.load(row_stats + 2 * items_count, mask=row_mask, other=0.0)[:, None]
+    c_rows_low = tl.load(row_stats + 3 * items_count, mask=row_mask, other=0.0)[:, None]
+    c_columns = tl.load(column_stats + 2 * items_count, mask=column_mask, other=0.0)[None, :]
+    c_columns_low = tl.load(column_stats + 3 * items_count, mask=column_mask, other=0.0)[None, :]
+    q_rows = tl.load(row_stats + 10 * items_count, mask=row_mask, other=0.0)[:, None]
+    q_columns = tl.load(column_stats + 10 * items_count, mask=column_mask, other=0.0)[None, :]
+    d_logits = tl.exp2(below(logits, r_rows, r_rows_low))
+    d_logits += q_columns * tl.exp2(below(logits, c_columns, c_columns_low))
+    d_transposed = tl.exp2(below(transposed_logits, r_columns, r_columns_low))
+    d_transposed += q_rows * tl.exp2(below(transposed_logits, c_rows, c_rows_low))
     if SOFT:
-        s_rows = tl.load(row_stats + 2 * items_count, mask=row_mask, other=0.0)[:, None]
-        s_columns = tl.load(column_stats + 2 * items_count, mask=column_mask, other=0.0)[None, :]
-        targets = bounded_softmax(teacher, s_rows, mask)
-        transposed_targets = bounded_softmax(teacher, s_columns, mask)
+        s_rows = tl.load(row_stats + 4 * items_count, mask=row_mask, other=0.0)[:, None]
+        s_rows_low = tl.load(row_stats + 5 * items_count, mask=row_mask, other=0.0)[:, None]
+        s_columns = tl.load(column_stats + 4 * items_count, mask=column_mask, other=0.0)[None, :]
+        s_columns_low = tl.load(column_stats + 5 * items_count, mask=column_mask, other=0.0)[None, :]
+        targets = tl.where(mask, tl.exp2(below(teacher, s_rows, s_rows_low)), 0.0)
+        transposed_targets = tl.where(mask, tl.exp2(below(teacher, s_columns, s_columns_low)), 0.0)
         if ROW_NORMALIZED:
             d_logits -= targets + transposed_targets
             d_transposed -= targets + transposed_targets
@@ -374,9 +395,11 @@ def gradients_kernel(
             d_logits -= 2.0 * targets
             d_transposed -= 2.0 * transposed_targets
     else:
-        on_diagonal = mask & (rows[:, None] == columns[None, :])
+        on_diagonal = rows[:, None] == columns[None, :]
         d_logits -= tl.where(on_diagonal, 2.0, 0.0)
         d_transposed -= tl.where(on_diagonal, 2.0, 0.0)
+    d_logits = tl.where(mask, d_logits, 0.0)
+    d_transposed = tl.where(mask, d_transposed, 0.0)
 
     tile_offsets = local_rows.to(tl.int64)[:, None] * columns_count + local_columns[None, :]
     d_temperature = -tl.sum(d_logits * logits)
@@ -387,15 +410,25 @@ def gradients_kernel(
     tl.store(logits_gradient_ptr + tile_offsets, d_logits.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
     tl.store(transposed_gradient_ptr + tile_offsets, d_transposed.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
     if THROUGH_TEACHER:
-        rho_rows = tl.load(row_stats + 4 * items_count, mask=row_mask, other=0.0)[:, None]
-        rho_columns = tl.load(column_stats + 4 * items_count, mask=column_mask, other=0.0)[None, :]
+        h_rows = tl.load(row_stats + 6 * items_count, mask=row_mask, other=0.0)[:, None]
+        h_rows_low = tl.load(row_stats + 7 * items_count, mask=row_mask, other=0.0)[:, None]
+        h_columns = tl.load(column_stats + 6 * items_count, mask=column_mask, other=0.0)[None, :]
+        h_columns_low = tl.load(column_stats + 7 * items_count, mask=column_mask, other=0.0)[None, :]
+        # differences come first: an item certain of its target gets exactly zero
         if ROW_NORMALIZED:
-            d_targets = -logits - transposed_logits
-            d_transposed_targets = d_targets
+            both = logits + transposed_logits
+            d_targets = (2.0 * h_rows - both) + 2.0 * h_rows_low
+            d_transposed_targets = (2.0 * h_columns - both) + 2.0 * h_columns_low
         else:
-            d_targets = c_columns - 2.0 * logits
-            d_transposed_targets = c_rows - 2.0 * transposed_logits
-        d_teacher = targets * (d_targets - rho_rows) + transposed_targets * (d_transposed_targets - rho_columns)
+            t_rows = tl.load(row_stats + 8 * items_count, mask=row_mask, other=0.0)[:, None]
+            t_rows_low = tl.load(row_stats + 9 * items_count, mask=row_mask, other=0.0)[:, None]
+            t_columns = tl.load(column_stats + 8 * items_count, mask=column_mask, other=0.0)[None, :]
+            t_columns_low = tl.load(column_stats + 9 * items_count, mask=column_mask, other=0.0)[None, :]
+            d_targets = (c_columns - t_rows) + (c_columns_low - t_rows_low)
+            d_targets -= 2.0 * ((logits - h_rows) - h_rows_low)
+            d_transposed_targets = (c_rows - t_columns) + (c_rows_low - t_columns_low)
+            d_transposed_targets -= 2.0 * ((transposed_logits - h_columns) - h_columns_low)
+        d_teacher = targets * d_targets + transposed_targets * d_transposed_targets
         d_temperature += tl.sum(d_teacher * teacher) * (NATS_PER_BIT if TWO_SIDED else 0.5 * NATS_PER_BIT)
         d_teacher *= temperature * (0.5 * NATS_PER_BIT)
         tl.store(teacher_gradient_ptr + tile_offsets, d_teacher.to(teacher_gradient_ptr.dtype.element_ty), mask=mask)
@@ -441,7 +474,7 @@ def statistics(
     two_sided: bool,
     config: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """First-sweep parts of a block: log-sum-exps of L's rows, L's columns and S's rows, and target logits.
+    """First-sweep parts of a block.
 
     Args:
         x, y: [B, D], float32, float16 or bfloat16, any strides.
@@ -450,12 +483,14 @@ def statistics(
         soft, row_normalized, two_sided: which loss, and whether the columns' items are served too.
 
     Returns:
-        [column blocks, 4, rows] and, if two-sided, [row blocks, 4, columns], float32.
+        [column blocks, 7, rows] and, if two-sided, [row blocks, 7, columns], float32: the largest value and the sum of
+        exponentials relative to it for L's row, L's column and S's row; and the mean under the teacher of L_ij less
+        L's largest (row-normalised: plus L_ji less its largest; hard targets: 2 L_ii, of one part).
     """
     config = config or CONFIGS["statistics", x.element_size()]
     row_blocks, column_blocks = _grid(config, rows, columns)
-    for_rows = x.new_empty(column_blocks, 4, rows[1] - rows[0], dtype=torch.float32)
-    for_columns = x.new_empty(row_blocks, 4, columns[1] - columns[0], dtype=torch.float32) if two_sided else None
+    for_rows = x.new_empty(column_blocks, 7, rows[1] - rows[0], dtype=torch.float32)
+    for_columns = x.new_empty(row_blocks, 7, columns[1] - columns[0], dtype=torch.float32) if two_sided else None
     options = {"SOFT": soft, "ROW_NORMALIZED": row_normalized, "TWO_SIDED": two_sided}
     _launch(statistics_kernel, config, rows, columns, (x, y, temperature, for_rows, for_columns), x, y, options)
     return for_rows, for_columns
@@ -465,21 +500,28 @@ def target_sums(
     x: torch.Tensor,
     y: torch.Tensor,
     temperature: torch.Tensor,
-    teacher_lse: torch.Tensor,
-    column_lse: torch.Tensor,
+    vectors: torch.Tensor,
     rows: Span,
     columns: Span,
     *,
     two_sided: bool,
     config: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Second-sweep parts: sum_j T_ji and sum_j T_ij c_j, [column blocks, 2, rows] and [row blocks, 2, columns]."""
+    """Second-sweep parts of a block.
+
+    Args:
+        vectors: [4, B] contiguous float32: s and c, each as high and low part.
+
+    Returns:
+        [column blocks, 4, rows] and, if two-sided, [row blocks, 4, columns], float32: sum_j T_ji, sum_j T_ij, and
+        sum_j T_ij c_j of the high and of the low part.
+    """
     config = config or CONFIGS["target_sums", x.element_size()]
     row_blocks, column_blocks = _grid(config, rows, columns)
-    for_rows = x.new_empty(column_blocks, 2, rows[1] - rows[0], dtype=torch.float32)
-    for_columns = x.new_empty(row_blocks, 2, columns[1] - columns[0], dtype=torch.float32) if two_sided else None
-    pointers = (x, y, temperature, teacher_lse, column_lse, for_rows, for_columns)
-    _launch(target_sums_kernel, config, rows, columns, pointers, x, y, {"TWO_SIDED": two_sided})
+    for_rows = x.new_empty(column_blocks, 4, rows[1] - rows[0], dtype=torch.float32)
+    for_columns = x.new_empty(row_blocks, 4, columns[1] - columns[0], dtype=torch.float32) if two_sided else None
+    pointers = (x, y, temperature, vectors, for_rows, for_columns)
+    _launch(target_sums_kernel, config, rows, columns, pointers, x, y, {"TWO_SIDED": two_sided}, items=True)
     return for_rows, for_columns
 
 
@@ -500,7 +542,7 @@ def gradients(
     """Write dL_ij / tau, dL_ji / tau and, unless its tile is None, tau/2 (dS_ij + dS_ji), in units of 1/(2B).
 
     Args:
-        statistics: [5, B] contiguous float32: r, c, s, q, rho.
+        statistics: [11, B] contiguous float32: r, c, s, h, t, each as high and low part, and q.
         tiles: three contiguous [rows, columns] buffers.
 
     Returns:

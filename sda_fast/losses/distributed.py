@@ -31,6 +31,7 @@ from sda_fast.ops.cmsa_blockwise import (
     row_target_sums,
     total_loss,
 )
+from sda_fast.ops.cmsa_tiles import compute_dtype
 
 Group: TypeAlias = "dist.ProcessGroup | None"
 
@@ -103,7 +104,7 @@ class _ShardedLoss(torch.autograd.Function):
         per_item, statistics = complete_statistics(form, first, second)
         ctx.save_for_backward(x_all, y_all, temperature, statistics)
         ctx.options, ctx.own = options, own
-        return total_loss(per_item)
+        return total_loss(per_item).to(compute_dtype(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,7 +113,7 @@ class _ShardedLoss(torch.autograd.Function):
             make_tiles(x, y, temperature, ctx.options["form"], *ctx.options["tiles"]),
             statistics,
             ctx.own,
-            grad_outputs[0].to(statistics.dtype) / (2 * len(x)),
+            grad_outputs[0] / (2 * len(x)),
             symmetric=False,
             through_teacher=ctx.options["through_teacher"],
             needs_x=ctx.needs_input_grad[0],

@@ -220,7 +220,7 @@ def cmsa_forward(
     block_size: int,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the statistics [5, B] that its backward needs; `detach_teacher` matters to the backward alone."""
+    """The loss and the statistics [6, B] that its backward needs; `detach_teacher` matters to the backward alone."""
     form = Form(soft, row_normalized)
     with torch.autocast(image_embeddings.device.type, enabled=False):
         tiles = make_tiles(image_embeddings, text_embeddings, temperature, form, backend, block_size, workspace_bytes)
@@ -243,7 +243,7 @@ def _(
     dtype = compute_dtype(image_embeddings.dtype)
     return (
         image_embeddings.new_empty((), dtype=dtype),
-        image_embeddings.new_empty((5, image_embeddings.shape[0]), dtype=dtype),
+        image_embeddings.new_empty((6, image_embeddings.shape[0]), dtype=torch.float64),
     )
 
 
@@ -271,7 +271,7 @@ def cmsa_backward(
             tiles,
             statistics,
             (0, len(x)),
-            grad_loss.to(statistics.dtype) / (2 * len(x)),
+            grad_loss.to(compute_dtype(x.dtype)) / (2 * len(x)),
             symmetric=_sums_fit(x, workspace_bytes),
             through_teacher=not detach_teacher,
             needs_x=needs_image,

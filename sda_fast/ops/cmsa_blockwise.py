@@ -6,8 +6,11 @@ the log-sum-exps of L's rows, L's columns and S's rows and for sum_j T_ij L_ij; 
 q_j = sum_i T_ij and sum_j T_ij c_j. Backward: one sweep that forms tiles of dL and dS and multiplies them by the
 vectors. All statistics are in bits (see `cmsa_tiles`).
 
-    rho_i = sum_j T_ij (c_j - 2 L_ij)        dS_ij = T_ij (c_j - 2 L_ij - rho_i) / (2B)
-    loss  = 1/(2B) sum_i (r_i + rho_i)       (published; without the c_j and with r_i + c_i + rho_i otherwise)
+    loss  = 1/(2B) sum_i (r_i + t_i - 2 h_i)         h_i = sum_j T_ij L_ij, t_i = sum_j T_ij c_j
+    dS_ij = T_ij (c_j - t_i - 2 (L_ij - h_i)) / (2B)
+
+With row-normalised transposed targets h_i = sum_j T_ij (L_ij + L_ji) / 2, q = 1, c_i takes the place of t_i, and
+dS_ij = -T_ij (L_ij + L_ji - 2 h_i) / (2B).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sda_fast.ops.cmsa_tiles import NATS_PER_BIT, Form, Span, TileGradients, compute_dtype
+from sda_fast.ops.cmsa_tiles import NATS_PER_BIT, Form, Span, TileGradients, compute_dtype, split, split_statistics
 
 
 class Tiles(Protocol):
@@ -37,7 +40,7 @@ class Tiles(Protocol):
     def statistics(self, rows: Span, columns: Span, two_sided: bool) -> tuple[Tensor, Tensor | None]: ...
 
     def target_sums(
-        self, rows: Span, columns: Span, teacher_lse: Tensor, column_lse: Tensor, two_sided: bool
+        self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool
     ) -> tuple[Tensor, Tensor | None]: ...
 
     def gradients(
@@ -84,8 +87,8 @@ def merge_statistics(running: Tensor, part: Tensor, soft: bool) -> None:
 
 
 def row_statistics(tiles: Tiles, rows: Span, symmetric: bool) -> Tensor:
-    """First sweep: [4, B] log-sum-exps r, c, s and target logits, complete for the items in `rows`."""
-    running = torch.full((4, len(tiles.x)), -torch.inf, dtype=compute_dtype(tiles.x.dtype), device=tiles.x.device)
+    """First sweep: [4, B] float64 log-sum-exps r, c, s and target logits, complete for the items in `rows`."""
+    running = torch.full((4, len(tiles.x)), -torch.inf, dtype=torch.float64, device=tiles.x.device)
     running[3] = 0
     for own in row_blocks(rows, tiles.block_size):
         for columns, two_sided in visits(tiles, own, symmetric):
@@ -97,40 +100,42 @@ def row_statistics(tiles: Tiles, rows: Span, symmetric: bool) -> Tensor:
 
 
 def row_target_sums(tiles: Tiles, rows: Span, teacher_lse: Tensor, column_lse: Tensor, symmetric: bool) -> Tensor:
-    """Second sweep: [2, B] q_i = sum_j T_ji and sum_j T_ij c_j, complete for the items in `rows`."""
-    running = torch.zeros(2, len(tiles.x), dtype=teacher_lse.dtype, device=teacher_lse.device)
+    """Second sweep: [2, B] float64 q_i = sum_j T_ji and sum_j T_ij c_j, complete for the items in `rows`."""
+    dtype = compute_dtype(tiles.x.dtype)
+    reference = column_lse.max()
+    vectors = torch.stack([*split(teacher_lse, dtype), *split(column_lse - reference, dtype)])
+    running = torch.zeros(3, len(tiles.x), dtype=torch.float64, device=teacher_lse.device)
     for own in row_blocks(rows, tiles.block_size):
         for columns, two_sided in visits(tiles, own, symmetric):
-            for_rows, for_columns = tiles.target_sums(own, columns, teacher_lse, column_lse, two_sided)
+            for_rows, for_columns = tiles.target_sums(own, columns, vectors, two_sided)
             running[:, slice(*own)] += for_rows
             if for_columns is not None:
                 running[:, slice(*columns)] += for_columns
-    return running
+    q, total, weighted = running.unbind()
+    # the targets' rows sum to one only to rounding, which a large c would show
+    return torch.stack([q, reference + weighted / total])
 
 
 def complete_statistics(form: Form, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Losses by item [B] in bits (their sum over 2B is the loss); statistics [5, B] for backward: r, c, s, q, rho."""
+    """The loss by item [B] in bits (half its mean is the loss), and the statistics [6, B] that backward needs."""
     r, c, s, target_logits = first.unbind()
-    if second is None:
-        q, rho = torch.ones_like(r), -target_logits
-        return r + c + rho, torch.stack([r, c, s, q, rho])
-    q, target_columns = second.unbind()
-    rho = target_columns - target_logits
-    return r + rho, torch.stack([r, c, s, q, rho])
+    q, target_columns = (torch.ones_like(r), c) if second is None else second.unbind()
+    per_item = r + (target_columns - target_logits)
+    return per_item, torch.stack([r, c, s, target_logits / 2, target_columns, q])
 
 
 def blockwise_forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """The loss, a scalar, and the statistics [5, B] that backward needs."""
+    """The loss, a scalar, and the statistics [6, B] that backward needs: r, c, s, h, t, q."""
     rows = (0, len(tiles.x))
     first = row_statistics(tiles, rows, symmetric=True)
     second = row_target_sums(tiles, rows, first[2], first[1], symmetric=True) if tiles.form.needs_target_sums else None
     per_item, statistics = complete_statistics(tiles.form, first, second)
-    return total_loss(per_item), statistics
+    return total_loss(per_item).to(compute_dtype(tiles.x.dtype)), statistics
 
 
 def total_loss(per_item: Tensor) -> Tensor:
     """The loss in nats from the losses by item in bits."""
-    return (per_item.double().sum() * (NATS_PER_BIT / (2 * len(per_item)))).to(per_item.dtype)
+    return per_item.sum() * (NATS_PER_BIT / (2 * len(per_item)))
 
 
 def blockwise_backward(
@@ -151,7 +156,7 @@ def blockwise_backward(
 
     Args:
         tiles: the batch.
-        statistics: [5, B] from `complete_statistics`.
+        statistics: [6, B] float64 from `complete_statistics`.
         rows: the items whose vectors' gradients are wanted; all of them if symmetric.
         scale: the incoming gradient over 2B, a scalar of the compute dtype.
         symmetric, through_teacher, needs_x, needs_y: what to compute.
@@ -166,6 +171,7 @@ def blockwise_backward(
         shape = (length, x.shape[1])
         return Totals(*(x.new_zeros(shape, dtype=scale.dtype) if needed else None for needed in (needs_x, needs_y)))
 
+    statistics = split_statistics(statistics, scale.dtype)
     temperature = torch.zeros((), dtype=torch.float64, device=x.device)
     if symmetric:
         whole = totals(count)

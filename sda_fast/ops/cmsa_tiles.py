@@ -4,7 +4,8 @@ A tile has rows I and columns J. For items i in I, j in J it holds L = L_ij, M =
 two-sided visit serves both (I, J) and (J, I): quantities per row come from the columns' side by reducing the other way.
 
 Logits, scores and log-sum-exps are held in bits, multiplied by log2(e) inside the products: exp2 needs no further
-multiplication and, in PyTorch on a CPU, costs a quarter of exp (a fortieth where results underflow).
+multiplication and, in PyTorch on a CPU, costs a quarter of exp (a fortieth where results underflow). What is kept by
+item is float64: beside scores of 1e9 a float32 log-sum-exp could not tell one term from a thousand.
 """
 
 from __future__ import annotations
@@ -64,6 +65,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def split(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """float64 values as the sum of two of `dtype`, so that scores near a huge log-sum-exp lose nothing against it."""
+    high = values.to(dtype)
+    return high, (values - high).to(dtype)
+
+
+def split_statistics(statistics: Tensor, dtype: torch.dtype) -> Tensor:
+    """[6, B] r, c, s, h, t, q in float64 -> [11, B] in `dtype`: each but q as high and low part."""
+    *doubled, q = statistics.unbind()
+    return torch.stack([part for values in doubled for part in split(values, dtype)] + [q.to(dtype)])
+
+
 def _overlap(rows: Span, columns: Span) -> Span:
     return max(rows[0], columns[0]), min(rows[1], columns[1])
 
@@ -86,7 +99,7 @@ class TorchTiles:
         block_size: the largest number of rows and of columns of a visit.
     """
 
-    BUFFERS = 7
+    BUFFERS = 8
 
     def __init__(self, x: Tensor, y: Tensor, temperature: Tensor, form: Form, block_size: int) -> None:
         self.x, self.y, self.form, self.block_size = x, y, form, block_size
@@ -124,87 +137,98 @@ class TorchTiles:
             torch.addmm(out, left, right.T, beta=beta, alpha=self._teacher_scale, out=out)
         return out
 
-    def _softmax(self, number: int, scores: Tensor, logsumexp: Tensor, dim: int) -> Tensor:
-        """exp2(scores - logsumexp) along `dim`; at most one, also where rounding of huge scores says otherwise."""
+    def _below(self, number: int, scores: Tensor, high: Tensor, low: Tensor, dim: int) -> Tensor:
+        """scores - (high + low) along `dim`; at most zero, also where rounding of huge scores says otherwise."""
         out = self._buffers[number, : scores.numel()].view(scores.shape)
-        torch.sub(scores, logsumexp.unsqueeze(dim), out=out)
-        return out.clamp_(max=0).exp2_()
+        torch.sub(scores, high.unsqueeze(dim), out=out)
+        return out.sub_(low.unsqueeze(dim)).clamp_(max=0)
 
-    def _logsumexp(self, scratch: int, scores: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-sum-exp, exponentials, their sums) along `dim`."""
+    def _exponentials(self, number: int, scores: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(largest, exp2(scores - largest), their sums) along `dim`."""
         largest = scores.amax(dim)
-        exponentials = self._buffers[scratch, : scores.numel()].view(scores.shape)
-        torch.sub(scores, largest.unsqueeze(dim), out=exponentials).exp2_()
-        sums = exponentials.sum(dim)
-        return largest + sums.log2(), exponentials, sums
+        out = self._buffers[number, : scores.numel()].view(scores.shape)
+        torch.sub(scores, largest.unsqueeze(dim), out=out).exp2_()
+        return largest, out, out.sum(dim)
 
     def statistics(self, rows: Span, columns: Span, two_sided: bool) -> tuple[Tensor, Tensor | None]:
         """What one tile contributes to its rows' items and, if two-sided, to its columns' items.
 
         Returns:
-            [4, rows] and [4, columns] or None: the log-sum-exp of L's row, of L's column and of S's row, and
+            [4, rows] and [4, columns] or None, float64: the log-sum-exp of L's row, of L's column and of S's row, and
             sum_j T_ij (same L_ij + other L_ji) with T normalised within the tile (hard targets: 2 L_ii).
         """
         L = self._logits(0, self.x, self.y, rows, columns)
         M = self._logits(1, self.y, self.x, rows, columns)
-        sides = []
-        for dim, (own, other) in ((1, (L, M)), (0, (M, L))):
-            if dim == 0 and not two_sided:
-                break
-            row_lse, _, _ = self._logsumexp(3, own, dim)
-            column_lse, _, _ = self._logsumexp(3, other, dim)
-            sides.append([row_lse, column_lse])
-        if not self.form.soft:
-            for side, span in zip(sides, (rows, columns), strict=False):
-                target_logits = torch.zeros_like(side[0])
-                diagonal = _diagonal(L, rows, columns)
-                if diagonal is not None:
-                    start, stop = _overlap(rows, columns)
-                    target_logits[start - span[0] : stop - span[0]] = 2 * diagonal
-                side += [torch.zeros_like(side[0]), target_logits]
-        else:
-            S = self._teacher(2, rows, columns)
-            for dim, side in zip((1, 0), sides, strict=False):
-                teacher_lse, exponentials, sums = self._logsumexp(3, S, dim)
-                own, other = (L, M) if dim == 1 else (M, L)
-                weighted = self._buffer(4, rows, columns)
-                torch.mul(exponentials, own, out=weighted)
-                if self.form.row_normalized:
-                    weighted.addcmul_(exponentials, other)
-                side += [teacher_lse, self.form.same_weight * weighted.sum(dim) / sums]
-        stacked = [torch.stack(side) for side in sides]
-        return stacked[0], stacked[1] if two_sided else None
+        S = self._teacher(2, rows, columns) if self.form.soft else None
+        for_rows = self._side_statistics(L, M, S, rows, columns, 1)
+        return for_rows, self._side_statistics(M, L, S, rows, columns, 0) if two_sided else None
 
-    def target_sums(
-        self, rows: Span, columns: Span, teacher_lse: Tensor, column_lse: Tensor, two_sided: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """[2, rows] and [2, columns] or None: sum_j T_ji and sum_j T_ij c_j over the tile's other side."""
-        S = self._teacher(2, rows, columns)
+    def _side_statistics(
+        self, own: Tensor, other: Tensor, S: Tensor | None, rows: Span, columns: Span, dim: int
+    ) -> Tensor:
+        own_largest, _, own_sums = self._exponentials(3, own, dim)
+        other_largest, _, other_sums = self._exponentials(3, other, dim)
+        side = [_log_sum_exp(own_largest, own_sums), _log_sum_exp(other_largest, other_sums)]
+        if S is None:
+            target_logits = torch.zeros_like(side[0])
+            diagonal = _diagonal(own, rows, columns)
+            if diagonal is not None:
+                start, stop = _overlap(rows, columns)
+                first = (rows if dim == 1 else columns)[0]
+                target_logits[start - first : stop - first] = 2 * diagonal
+            return torch.stack([*side, torch.zeros_like(side[0]), target_logits])
+        largest, weights, sums = self._exponentials(3, S, dim)
+        # logits relative to their largest, which is added in float64
+        relative = self._buffer(4, rows, columns)
+        torch.sub(own, own_largest.unsqueeze(dim), out=relative)
+        reference = own_largest.double()
+        if self.form.row_normalized:
+            relative.add_(other).sub_(other_largest.unsqueeze(dim))
+            reference = reference + other_largest.double()
+        mean = (relative.mul_(weights).sum(dim) / sums).double() + reference
+        return torch.stack([*side, _log_sum_exp(largest, sums), self.form.same_weight * mean])
+
+    def target_sums(self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> tuple[Tensor, Tensor | None]:
+        """Sums over the tile's other side.
+
+        Args:
+            vectors: [4, B]: s and c less a constant, each as high and low part.
+
+        Returns:
+            [3, rows] and [3, columns] or None, float64: sum_j T_ji, sum_j T_ij, sum_j T_ij c_j.
+        """
+        s_high, s_low, c_high, c_low = vectors.unbind()
         row_part, column_part = slice(*rows), slice(*columns)
-        T = self._softmax(3, S, teacher_lse[row_part], 1)
-        T_transposed = self._softmax(4, S, teacher_lse[column_part], 0)
-        for_rows = torch.stack([T_transposed.sum(1), T @ column_lse[column_part]])
-        if not two_sided:
-            return for_rows, None
-        return for_rows, torch.stack([T.sum(0), T_transposed.T @ column_lse[row_part]])
+        S = self._teacher(2, rows, columns)
+        T = self._below(3, S, s_high[row_part], s_low[row_part], 1).exp2_()
+        T_transposed = self._below(4, S, s_high[column_part], s_low[column_part], 0).exp2_()
+
+        def sums(targets: Tensor, transposed: Tensor, other: slice) -> Tensor:
+            by_other = torch.stack([torch.ones_like(c_high[other]), c_high[other], c_low[other]], dim=1)
+            total, high, low = (targets @ by_other).double().unbind(1)
+            return torch.stack([transposed.sum(1).double(), total, high + low])
+
+        for_rows = sums(T, T_transposed, column_part)
+        return for_rows, sums(T_transposed.T, T.T, row_part) if two_sided else None
 
     def gradients(
         self, rows: Span, columns: Span, statistics: Tensor, through_teacher: bool, two_sided: bool
     ) -> TileGradients:
-        """Gradient tiles from the statistics [5, B] of `cmsa_blockwise.Statistics`."""
-        r, c, s, q, rho = statistics.unbind()
+        """Gradient tiles from the statistics [11, B] of `split_statistics`."""
+        r, c, s, h, t = (statistics[i : i + 2] for i in range(0, 10, 2))
+        q = statistics[10]
         row_part, column_part = slice(*rows), slice(*columns)
         same, other = self.form.same_weight, self.form.other_weight
         L = self._logits(0, self.x, self.y, rows, columns)
         M = self._logits(1, self.y, self.x, rows, columns)
-        P = self._softmax(3, L, r[row_part], 1)
-        P.addcmul_(self._softmax(5, L, c[column_part], 0), q[column_part].unsqueeze(0))
-        N = self._softmax(4, M, r[column_part], 0)
-        N.addcmul_(self._softmax(5, M, c[row_part], 1), q[row_part].unsqueeze(1))
+        P = self._below(3, L, *r[:, row_part], 1).exp2_()
+        P.addcmul_(self._below(5, L, *c[:, column_part], 0).exp2_(), q[column_part].unsqueeze(0))
+        N = self._below(4, M, *r[:, column_part], 0).exp2_()
+        N.addcmul_(self._below(5, M, *c[:, row_part], 1).exp2_(), q[row_part].unsqueeze(1))
         if self.form.soft:
             S = self._teacher(2, rows, columns)
-            T = self._softmax(5, S, s[row_part], 1)
-            T_transposed = self._softmax(6, S, s[column_part], 0)
+            T = self._below(5, S, *s[:, row_part], 1).exp2_()
+            T_transposed = self._below(6, S, *s[:, column_part], 0).exp2_()
             P.sub_(T, alpha=same).sub_(T_transposed, alpha=other)
             N.sub_(T_transposed, alpha=same).sub_(T, alpha=other)
         else:
@@ -217,14 +241,38 @@ class TorchTiles:
             temperature -= torch.dot(N.view(-1), M.view(-1))
         teacher = None
         if self.form.soft and through_teacher:
-            if self.form.row_normalized:
-                L.add_(M)
-                torch.add(L, rho[column_part].unsqueeze(0), out=M)
-                L.add_(rho[row_part].unsqueeze(1))
-            else:
-                L.mul_(same).sub_(c[column_part].unsqueeze(0)).add_(rho[row_part].unsqueeze(1))
-                M.mul_(same).sub_(c[row_part].unsqueeze(1)).add_(rho[column_part].unsqueeze(0))
-            teacher = L.mul_(T).addcmul_(M, T_transposed).neg_()
+            teacher = self._teacher_gradient(L, M, T, T_transposed, c, h, t, rows, columns)
             temperature += torch.dot(teacher.view(-1), S.view(-1)) * (NATS_PER_BIT if two_sided else NATS_PER_BIT / 2)
         temperature *= NATS_PER_BIT
         return TileGradients(P, N, teacher, temperature, 1 / self.temperature, self.temperature / 2 * NATS_PER_BIT)
+
+    def _teacher_gradient(
+        self,
+        L: Tensor,
+        M: Tensor,
+        T: Tensor,
+        T_transposed: Tensor,
+        c: Tensor,
+        h: Tensor,
+        t: Tensor,
+        rows: Span,
+        columns: Span,
+    ) -> Tensor:
+        """dS_ij + dS_ji, overwriting L and M. Differences come first: an item certain of its target gets exactly 0."""
+        scratch = self._buffer(7, rows, columns)
+        sides = ((L, slice(*rows), slice(*columns), 1, 0), (M, slice(*columns), slice(*rows), 0, 1))
+        if self.form.row_normalized:
+            torch.add(L, M, out=scratch)
+            for tile, (_, own, _, dim, _) in zip((L, M), sides, strict=True):
+                torch.sub(scratch, 2 * h[0, own].unsqueeze(dim), out=tile)
+                tile.sub_(2 * h[1, own].unsqueeze(dim))
+        else:
+            for tile, own, across, dim, across_dim in sides:
+                torch.sub(c[0, across].unsqueeze(across_dim), t[0, own].unsqueeze(dim), out=scratch)
+                scratch.add_(c[1, across].unsqueeze(across_dim)).sub_(t[1, own].unsqueeze(dim))
+                tile.sub_(h[0, own].unsqueeze(dim)).sub_(h[1, own].unsqueeze(dim)).mul_(2).sub_(scratch)
+        return L.mul_(T).addcmul_(M, T_transposed).neg_()
+
+
+def _log_sum_exp(largest: Tensor, sums: Tensor) -> Tensor:
+    return largest.double() + sums.log2().double()

@@ -63,22 +63,27 @@ class TritonTiles:
         return self._merged(for_rows), None if for_columns is None else self._merged(for_columns)
 
     def _merged(self, parts: Tensor) -> Tensor:
-        """[parts, 4, n] -> [4, n], in a fixed order."""
-        log_sum_exps = parts[:, :3]
-        largest = log_sum_exps.amax(0)
-        exponentials = torch.exp2(log_sum_exps - largest)
-        sums = exponentials.sum(0)
-        weights = exponentials[:, 2] / sums[2] if self.form.soft else 1.0
-        target_logits = (weights * parts[:, 3]).sum(0)
-        return torch.cat([largest + sums.log2(), target_logits.unsqueeze(0)])
+        """Parts [parts, 7, n] -> [4, n] float64 as `TorchTiles.statistics` gives it, in a fixed order."""
+        own_largest, own_sums, other_largest, other_sums, largest, sums, target_logits = parts.double().unbind(1)
+        row_lse, _ = _merged_log_sum_exp(own_largest, own_sums)
+        column_lse, _ = _merged_log_sum_exp(other_largest, other_sums)
+        if not self.form.soft:
+            return torch.stack([row_lse, column_lse, torch.zeros_like(row_lse), target_logits.sum(0)])
+        teacher_lse, weights = _merged_log_sum_exp(largest, sums)
+        target_logits = target_logits + own_largest
+        if self.form.row_normalized:
+            target_logits = target_logits + other_largest
+        mean = self.form.same_weight * (weights * target_logits).sum(0)
+        return torch.stack([row_lse, column_lse, teacher_lse, mean])
 
-    def target_sums(
-        self, rows: Span, columns: Span, teacher_lse: Tensor, column_lse: Tensor, two_sided: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        for_rows, for_columns = kernels.target_sums(
-            self.x, self.y, self.temperature, teacher_lse, column_lse, rows, columns, two_sided=two_sided
-        )
-        return for_rows.sum(0), None if for_columns is None else for_columns.sum(0)
+    def target_sums(self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> tuple[Tensor, Tensor | None]:
+        parts = kernels.target_sums(self.x, self.y, self.temperature, vectors, rows, columns, two_sided=two_sided)
+        q, total, high, low = parts[0].sum(0, dtype=torch.float64).unbind()
+        for_rows = torch.stack([q, total, high + low])
+        if parts[1] is None:
+            return for_rows, None
+        q, total, high, low = parts[1].sum(0, dtype=torch.float64).unbind()
+        return for_rows, torch.stack([q, total, high + low])
 
     def gradients(
         self, rows: Span, columns: Span, statistics: Tensor, through_teacher: bool, two_sided: bool
@@ -103,3 +108,11 @@ class TritonTiles:
         )
         temperature = parts.double().sum()
         return TileGradients(logits, transposed_logits, teacher if with_teacher else None, temperature, 1.0, 1.0)
+
+
+def _merged_log_sum_exp(largest: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp [n] in bits of parts [parts, n], and each part's share of it."""
+    overall = largest.amax(0)
+    scaled = sums * torch.exp2(largest - overall)
+    total = scaled.sum(0)
+    return overall + total.log2(), scaled / total

@@ -1,0 +1,238 @@
+"""CMSA and InfoNCE tile by tile in PyTorch, against the formulas written out."""
+
+import itertools
+
+import pytest
+import torch
+
+from sda_fast import cmsa_loss, infonce_loss
+from sda_fast.ops.cmsa_naive import naive_cmsa_loss, naive_infonce_loss
+
+SHAPES = [(2, 1), (7, 5), (17, 8), (129, 17)]
+FORMS = [
+    {},
+    {"detach_teacher": True},
+    {"row_normalized_targets": True},
+    {"row_normalized_targets": True, "detach_teacher": True},
+    {"normalize": True},
+    {"targets": "hard"},
+    {"targets": "hard", "normalize": True},
+]
+
+
+def naive(x, y, temperature, form):
+    form = dict(form)
+    if form.pop("targets", "soft") == "hard":
+        return naive_infonce_loss(x, y, temperature, **form)
+    return naive_cmsa_loss(x, y, temperature, **form)
+
+
+def embeddings(items, dimensions, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.randn(2 * items, dimensions, dtype=torch.float64, generator=generator).to(dtype)
+    return pairs[0::2], pairs[1::2]
+
+
+def loss_and_gradients(function, x, y, temperature, dtype):
+    leaves = [x.detach().to(dtype).requires_grad_(), y.detach().to(dtype).requires_grad_()]
+    temperature_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves.append(torch.tensor(temperature, dtype=temperature_dtype, requires_grad=True))
+    loss = function(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def largest_errors(results, truth):
+    return [float((a.double() - b.double()).abs().max()) for a, b in zip(results, truth, strict=True)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("block_size", [None, 4, 50])
+def test_float64_loss_and_all_gradients_equal_the_formula(form, shape, block_size):
+    x, y = embeddings(*shape)
+    for temperature in (0.3, 3.0):
+        ours = loss_and_gradients(
+            lambda x, y, t: cmsa_loss(x, y, t, block_size=block_size, **form), x, y, temperature, torch.float64
+        )
+        truth = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), x, y, temperature, torch.float64)
+        scale = [max(1.0, float(value.abs().max())) for value in truth]
+        errors = largest_errors(ours, truth)
+        assert all(e <= 1e-10 * s for e, s in zip(errors, scale, strict=True)), errors
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_gradcheck(form):
+    x, y = embeddings(5, 4)
+    leaves = x.clone().requires_grad_(), y.clone().requires_grad_(), torch.tensor(1.7).double().requires_grad_()
+    if form.get("detach_teacher"):
+        pytest.skip("finite differences see through a detached teacher")
+    assert torch.autograd.gradcheck(lambda *args: cmsa_loss(*args, block_size=2, **form), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", [(33, 24), (130, 65)], ids=str)
+def test_error_is_no_larger_than_that_of_plain_pytorch_in_the_same_dtype(dtype, form, shape):
+    # root mean square over batches: the largest of many rounding errors, or one scalar's, is a matter of luck
+    mine, other, size = torch.zeros(4), torch.zeros(4), torch.zeros(4)
+    for seed in range(6):
+        x, y = embeddings(*shape, dtype=dtype, seed=seed)
+        truth = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), x, y, 3.0, torch.float64)
+        plain = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), x, y, 3.0, dtype)
+        ours = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, block_size=48, **form), x, y, 3.0, dtype)
+        for i in range(4):
+            mine[i] += (ours[i].double() - truth[i]).square().mean()
+            other[i] += (plain[i].double() - truth[i]).square().mean()
+            size[i] = max(size[i], truth[i].abs().max())
+    # float32 holds logits of up to 2^5 bits no closer than this, whoever subtracts them
+    floor = 2**5 * torch.finfo(torch.float32).eps * size
+    assert (mine.sqrt() <= 1.5 * other.sqrt() + floor).all(), (mine.sqrt(), other.sqrt(), floor)
+
+
+@pytest.mark.parametrize("workspace_bytes", [None, 7 * 4 * 16**2])
+def test_half_precision_gradients_with_and_without_sums_of_the_whole_batch(workspace_bytes):
+    x, y = embeddings(77, 24, torch.bfloat16)
+    truth = loss_and_gradients(naive_cmsa_loss, x, y, 1.0, torch.float64)
+    ours = loss_and_gradients(
+        lambda x, y, t: cmsa_loss(x, y, t, workspace_bytes=workspace_bytes), x, y, 1.0, torch.bfloat16
+    )
+    for mine, true in zip(ours[1:3], truth[1:3], strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=2**-8, atol=1e-6)
+
+
+def test_strided_views_give_what_copies_give_and_gradients_reach_the_pairs():
+    pairs = torch.randn(26, 9, dtype=torch.float64, requires_grad=True)
+    loss = cmsa_loss(pairs[0::2], pairs[1::2], 2.0, block_size=5)
+    (gradient,) = torch.autograd.grad(loss, pairs)
+    x, y = pairs[0::2].detach().clone().requires_grad_(), pairs[1::2].detach().clone().requires_grad_()
+    dx, dy = torch.autograd.grad(cmsa_loss(x, y, 2.0, block_size=5), (x, y))
+    torch.testing.assert_close(gradient[0::2], dx)
+    torch.testing.assert_close(gradient[1::2], dy)
+    columns = pairs.detach()[0::2].T.contiguous().T
+    torch.testing.assert_close(cmsa_loss(columns, y, 2.0), cmsa_loss(x, y, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("needed", "form"), list(itertools.product([(0,), (1,), (2,), (0, 2)], [{}, {"targets": "hard"}])), ids=str
+)
+def test_gradients_only_for_what_needs_them(needed, form):
+    x, y = embeddings(9, 6)
+    leaves = [x.clone(), y.clone(), torch.tensor(1.5, dtype=torch.float64)]
+    wanted = [leaves[i].requires_grad_() for i in needed]
+    ours = torch.autograd.grad(cmsa_loss(*leaves, block_size=4, **form), wanted)
+    truth = torch.autograd.grad(naive(*leaves, form), wanted)
+    assert max(largest_errors(ours, truth)) < 1e-10
+
+
+@pytest.mark.parametrize("form", [{}, {"row_normalized_targets": True}, {"targets": "hard"}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e3])
+def test_extreme_inputs_are_finite_and_right(form, temperature):
+    # integers times powers of two: every product and sum is exact in float32, so the truth is the same problem
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-8, 9, (21, 16), generator=generator).float() * 1250
+    y = torch.randint(-8, 9, (21, 16), generator=generator).float() * 1250
+    x[3] = x[4] = x[5]
+    y[3] = y[4] = y[5]
+    x[6] = 0
+    y[6] = y[7] = 0
+    truth = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), x, y, temperature, torch.float64)
+    for block_size in (None, 6):
+        ours = loss_and_gradients(
+            lambda x, y, t, b=block_size: cmsa_loss(x, y, t, block_size=b, **form), x, y, temperature, torch.float32
+        )
+        assert all(torch.isfinite(value).all() for value in ours)
+        torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("fill", [0.0, 1.0, 1e4])
+def test_equal_rows_give_log_of_the_batch_size(form, fill):
+    x = torch.full((19, 8), fill)
+    ours = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, block_size=7, **form), x, x, 2.0, torch.float32)
+    # a log-sum-exp of float32 logits cannot be closer than their own spacing
+    spacing = torch.finfo(torch.float32).eps * (0 if form.get("normalize") else 8 * fill**2)
+    torch.testing.assert_close(ours[0], torch.tensor(19.0).log(), rtol=1e-6, atol=4 * spacing)
+    assert all(torch.isfinite(value).all() for value in ours)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_one_nan_makes_the_loss_nan(form):
+    x, y = embeddings(13, 6, torch.float32)
+    x = x.clone()
+    x[11, 2] = torch.nan
+    ours = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, block_size=5, **form), x, y, 2.0, torch.float32)
+    assert ours[0].isnan() and ours[1].isnan().any() and ours[3].isnan()
+
+
+def test_a_zero_row_stays_zero_and_gets_no_gradient_when_normalised():
+    x, y = embeddings(6, 4, torch.float32)
+    x = x.clone()
+    x[2] = 0
+    results = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, normalize=True), x, y, 1.0, torch.float32)
+    assert torch.isfinite(results[0]) and (results[1][2] == 0).all() and (results[1][1] != 0).any()
+
+
+def test_scaled_incoming_gradient_scales_all_gradients():
+    x, y = embeddings(9, 6)
+    once = loss_and_gradients(cmsa_loss, x, y, 1.5, torch.float64)
+    thrice = loss_and_gradients(lambda *args: 3 * cmsa_loss(*args), x, y, 1.5, torch.float64)
+    for a, b in zip(once, thrice, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_autocast_does_not_touch_the_arithmetic():
+    x, y = embeddings(15, 12, torch.float32)
+    plain = loss_and_gradients(cmsa_loss, x, y, 2.0, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss_and_gradients(cmsa_loss, x, y, 2.0, torch.float32)
+    for a, b in zip(plain, inside, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_infonce_is_hard_cmsa():
+    x, y = embeddings(11, 6)
+    assert infonce_loss(x, y, 0.5) == cmsa_loss(x, y, 0.5, targets="hard")
+
+
+def test_operations_pass_opcheck_and_compile_without_graph_breaks():
+    x, y = (side.float().clone().requires_grad_() for side in embeddings(9, 6))
+    temperature = torch.tensor(2.0, requires_grad=True)
+    arguments = (x, y, temperature, True, False, False, "torch", 4, 0)
+    torch.library.opcheck(torch.ops.sda_fast.cmsa_forward.default, arguments)
+    compiled = torch.compile(lambda *a: cmsa_loss(*a, block_size=4), fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        torch.autograd.grad(compiled(x, y, temperature), (x, y, temperature)),
+        torch.autograd.grad(cmsa_loss(x, y, temperature, block_size=4), (x, y, temperature)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3, 4), torch.zeros(3, 5), 1.0), r"\(3, 4\) and \(3, 5\)"),
+        ((torch.zeros(1, 4), torch.zeros(1, 4), 1.0), "at least 2 items"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4).double(), 1.0), "float32 and torch.float64"),
+        ((torch.zeros(3, 4).long(), torch.zeros(3, 4).long(), 1.0), "int64"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), 0.0), "positive and finite, got 0"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor(-1.0)), "positive, got -1"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(2)), r"got shape \(2,\)"),
+    ],
+)
+def test_wrong_inputs_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cmsa_loss(*arguments)
+
+
+@pytest.mark.parametrize(
+    "options", [{"targets": "soggy"}, {"backend": "cuda"}, {"block_size": 0}, {"workspace_bytes": -1}], ids=str
+)
+def test_wrong_options_are_named(options):
+    with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+        cmsa_loss(torch.zeros(3, 4), torch.zeros(3, 4), 1.0, **options)
+
+
+def test_triton_that_cannot_run_is_an_error_not_a_fallback():
+    with pytest.raises(RuntimeError, match="float64"):
+        cmsa_loss(torch.zeros(3, 4).double(), torch.zeros(3, 4).double(), 1.0, backend="triton")
