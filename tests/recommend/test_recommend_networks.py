@@ -10,7 +10,8 @@ from sda_fast.data.interactions import Interactions
 from sda_fast.data.split import Split, leave_one_out
 from sda_fast.recommend.config import RecommendConfig
 from sda_fast.recommend.embedding import ContentEmbedding
-from sda_fast.recommend.networks import build_network
+from sda_fast.recommend.networks import SequenceNetwork, build_network
+from sda_fast.recommend.training import network_scorer
 from sda_fast.recommend.windows import pad_histories, pad_windows, training_windows, window_batches
 
 NUM_ITEMS = 37
@@ -34,13 +35,41 @@ def split() -> Split:
     return leave_one_out(Interactions(*names, users, items, np.arange(len(users), dtype=np.float64)))
 
 
-def network_with(name: str, config: RecommendConfig, content: bool):
+def network_with(name: str, config: RecommendConfig, content: bool) -> SequenceNetwork:
     torch.manual_seed(0)
     network = build_network(name, NUM_ITEMS, config)
     if content:
-        content = ContentEmbedding(torch.randn(NUM_ITEMS, 10), 16, hidden=12, num_special=network.num_special)
-        network.replace_embedding(content)
-        assert network.embedding is content
+        embedding = ContentEmbedding(torch.randn(NUM_ITEMS, 10), 16, hidden=12, num_special=network.num_special)
+        network.replace_embedding(embedding)
+        assert network.embedding is embedding
+    for parameter in network.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return network.eval()
+
+
+@pytest.mark.parametrize("content", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_batched_scores_equal_cornacs_score_per_user(name: str, content: bool, config, split) -> None:
+    network = network_with(name, config, content)
+    scores = network_scorer(network, split, config)(split.evaluated_users, True)
+    recommender = network.to_cornac()
+    for user, row in zip(split.evaluated_users, scores, strict=True):
+        history = split.test_history(user)[-config.max_length :].tolist()
+        expected = recommender.score(user, history)
+        np.testing.assert_allclose(row.numpy(), expected[:NUM_ITEMS], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("content", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_hidden_states_do_not_depend_on_the_padding(name: str, content: bool, config, split) -> None:
+    network = network_with(name, config, content)
+    short = torch.tensor([[3, 5, 7]])
+    padded = torch.cat([torch.full((1, 5), NUM_ITEMS), short], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network.hidden_states(padded)[:, -3:], network.hidden_states(short), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", ["sasrec", "gru4rec"])
