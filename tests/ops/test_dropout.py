@@ -35,7 +35,9 @@ def test_packed_bits_equal_the_plain_mask(rows: int, columns: int, dropout: floa
     bits = keep_bits(rows, columns, dropout, torch.tensor([seed]))
     assert bits.shape == (rows, -(-columns // 8))
     unpacked = (bits[:, :, None] >> torch.arange(8)) & 1
-    assert torch.equal(unpacked.view(rows, bits.shape[1] * 8)[:, :columns].bool(), keep_mask(rows, columns, dropout, seed))
+    assert torch.equal(
+        unpacked.view(rows, bits.shape[1] * 8)[:, :columns].bool(), keep_mask(rows, columns, dropout, seed)
+    )
 
 
 def test_bits_do_not_depend_on_how_the_counters_are_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,16 @@ def test_gradcheck(layout: str, dropout: float) -> None:
 
     def function(x: Tensor, lora_A: Tensor, lora_B: Tensor, gates: Tensor) -> Tensor:
         return moda_linear(
-            x, c["weight"], lora_A, lora_B, gates, c["modality_ids"], bias=c["bias"], scaling=2.0, dropout=dropout, seed=5
+            x,
+            c["weight"],
+            lora_A,
+            lora_B,
+            gates,
+            c["modality_ids"],
+            bias=c["bias"],
+            scaling=2.0,
+            dropout=dropout,
+            seed=5,
         )
 
     assert torch.autograd.gradcheck(function, (c["x"], c["lora_A"], c["lora_B"], c["gates"]))

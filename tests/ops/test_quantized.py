@@ -68,7 +68,9 @@ def test_weights_repacked_for_cpu_evaluation_are_restored(nested: bool) -> None:
     assert not packed.quant_state.packing_format_for_cpu
     # Repacking rounds the block scales to bfloat16, 8 bits.
     torch.testing.assert_close(after, before, rtol=2**-8, atol=0)
-    torch.testing.assert_close(bnb.functional.dequantize_4bit(packed.data, packed.quant_state), before, rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(
+        bnb.functional.dequantize_4bit(packed.data, packed.quant_state), before, rtol=0.02, atol=1e-3
+    )
     assert (after - weight).abs().mean() < 0.1
 
 
