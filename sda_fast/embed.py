@@ -120,13 +120,16 @@ class EmbedConfig:
             "max_pixels": ImageOptions().max_pixels,
             "seed": 0,
         }
-        sources = [vars(self)]
-        if self.adapter is not None and (self.adapter / "training.json").is_file():
-            record = json.loads((self.adapter / "training.json").read_text(encoding="utf-8"))
-            sources.insert(0, record["settings"])
-        for source in sources:
+        for source in (self.trained_with(), vars(self)):
             settings.update({name: source[name] for name in settings if source.get(name) is not None})
         return settings
+
+    def trained_with(self) -> dict[str, Any]:
+        """The settings in the adapter's training.json; {} without one."""
+        path = None if self.adapter is None else self.adapter / "training.json"
+        if path is None or not path.is_file():
+            return {}
+        return json.loads(path.read_text(encoding="utf-8"))["settings"]
 
 
 def embed(config: EmbedConfig) -> Path:
@@ -145,6 +148,9 @@ def embed(config: EmbedConfig) -> Path:
     catalogue = read_items(config.items, config.images)
     if config.adapter is not None and not (config.adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"the folder {config.adapter} holds no adapter: adapter_config.json is missing")
+    quantization = config.trained_with().get("quantization", config.quantization)
+    if quantization != config.quantization:
+        logger.warning("the adapter was trained with quantization %s, not %s", quantization, config.quantization)
     accelerator = Accelerator(cpu=config.device == "cpu")
     device = chosen_device(config.device, accelerator)
     encoding = _encoding(config, catalogue, device)
