@@ -437,7 +437,7 @@ def dx_pass(
         blocks_per_chunk,
         dropout_threshold(dropout_p),
         dropout_scale(dropout_p),
-        HAS_DROPOUT=dropout_p > 0,
+        HAS_DROPOUT=dropout_threshold(dropout_p) > 0,
         NEEDS_DA=needs_dA,
         NEEDS_DX=dx is not None,
         BLOCK_M=config.block_m,

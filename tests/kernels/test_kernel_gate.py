@@ -47,6 +47,20 @@ decode = dataclasses.replace(variants["decode"], tensor_cores=True)
 assert check_variant(decode, "sm_80").faults == ("no tensor-core instruction",)
 """
 
+CORNERS = """
+import dataclasses
+from sda_fast.kernels.gate import compile_variant
+from sda_fast.kernels.moda_variants import VARIANTS as MODA
+from sda_fast.kernels.nf4_variants import VARIANTS as NF4
+of_kernel = {variant.kernel: variant for variant in (*MODA, *NF4)}
+of_kernel |= {variant.kernel: variant for variant in MODA if "dropout" in variant.name}
+for variant in of_kernel.values():
+    integers = [name for name, kind in variant.signature.items() if kind == "i32"]
+    others = {name: kind for name, kind in variant.signature.items() if kind != "i32"}
+    constexprs = {**variant.constexprs, **dict.fromkeys(integers, 1)}
+    compile_variant(dataclasses.replace(variant, signature=others, constexprs=constexprs, aligned=()), "sm_80")
+"""
+
 INTERPRETED = """
 from sda_fast.kernels.gate import check_kernels
 try:
@@ -70,6 +84,11 @@ def test_representative_kernels_pass_the_gate():
 
 def test_the_gate_sees_spills_shared_memory_and_missing_tensor_cores():
     run(FAULTY)
+
+
+def test_kernels_compile_where_every_size_and_stride_is_one():
+    # Triton turns an integer argument of 1 into a constant, on which fewer operations exist.
+    run(CORNERS)
 
 
 def test_the_gate_refuses_to_run_in_the_interpreter():
