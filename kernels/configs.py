@@ -1,7 +1,7 @@
 """Launch configurations: a frozen table by kernel, element size and padded rank, and an opt-in search.
 
-Where the table comes from: block sizes were chosen by counting registers and shared memory in compiled code (see
-`docs/kernels.md`), not yet by timing on a device. `search` times candidates on the device at hand; nothing calls it by
+Where the table comes from: tiles that compile without spills for every chip of the gate (`docs/kernels.md`), not yet
+timed on a device. `search` times candidates on the device at hand; nothing calls it by
 itself.
 """
 
@@ -31,7 +31,7 @@ def padded_rank(rank: int) -> int:
 
 def rank_block(dtype: torch.dtype, rank: int) -> int:
     """How many ranks an expanding kernel multiplies at once: more would not fit its registers."""
-    return min(padded_rank(rank), 64 if dtype.itemsize == 2 else 32)
+    return min(padded_rank(rank), 64 if dtype.itemsize == 2 else 16)
 
 
 # (kernel, bytes per element of the activations, padded rank)
@@ -58,7 +58,7 @@ CONFIGS: dict[tuple[str, int, int], LaunchConfig] = {
     ("expand_add", 4, 256): LaunchConfig(64, 32, 4, 1),
     ("dy_pass", 2, 16): LaunchConfig(32, 256, 8, 3),
     ("dy_pass", 2, 32): LaunchConfig(32, 256, 8, 3),
-    ("dy_pass", 2, 64): LaunchConfig(32, 128, 8, 3),
+    ("dy_pass", 2, 64): LaunchConfig(32, 128, 4, 3),
     ("dy_pass", 2, 128): LaunchConfig(32, 128, 8, 3),
     ("dy_pass", 2, 256): LaunchConfig(32, 64, 8, 3),
     ("dy_pass", 4, 16): LaunchConfig(32, 128, 8, 2),

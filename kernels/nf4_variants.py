@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from sda_fast.kernels import nf4
-from sda_fast.kernels.configs import padded_rank
+from sda_fast.kernels.configs import padded_rank, rank_block
 from sda_fast.kernels.gate import KernelVariant
 
 N, K, BLOCKSIZE, NESTED_BLOCKSIZE = 3584, 3584, 64, 256
@@ -48,7 +50,7 @@ def decode(nested: bool, rank: int = 0, placement: int = nf4.ALIGNED.value) -> K
             "PLACEMENT": placement,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
-            "BLOCK_R": min(padded_rank(rank), 32),
+            "BLOCK_R": rank_block(torch.float32, rank),
             "PADDED_R": padded_rank(rank),
         },
         num_warps=num_warps,
@@ -119,7 +121,7 @@ def finish_product(M: int, rank: int) -> KernelVariant:
             "GATE_PER_ROW": False,
             "BLOCK_M": block_m,
             "BLOCK_N": nf4.FINISH_COLUMNS,
-            "BLOCK_R": min(padded_rank(rank), 32),
+            "BLOCK_R": rank_block(torch.float32, rank),
             "PADDED_R": padded_rank(rank),
         },
         num_warps=4,
