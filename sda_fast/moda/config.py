@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,22 +55,14 @@ class MoDAConfig:
         if self.adapter_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"adapter_dtype must be 'float32' or 'bfloat16', got {self.adapter_dtype!r}")
 
+    @property
+    def scaling(self) -> float:
+        """What the low-rank update is multiplied by: alpha / r, or alpha / sqrt(r) with use_rslora."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MoDAConfig:
-        """The inverse of `as_dict`.
-
-        Raises:
-            ValueError: a name is unknown.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"unknown entries in the adapter's configuration: {', '.join(unknown)}")
-        return cls(**values)
 
 
 def check_sizes(r: int, num_experts: int, num_modalities: int, lora_dropout: float) -> None:

@@ -90,14 +90,17 @@ def target_layers(model: nn.Module, config: MoDAConfig) -> list[str]:
         chosen = [name for name in linears if re.fullmatch(config.target_modules, name)]
     else:
         chosen = [name for name in linears if belongs_to_language_model(model, name)]
-        if config.target_modules != ALL_LINEAR:
-            chosen = [name for name in chosen if has_suffix(name, config.target_modules)]
+        if not isinstance(config.target_modules, str):
+            whole_names = set(config.target_modules)
+            suffixed = {name for name in chosen if has_suffix(name, config.target_modules)}
+            chosen = [name for name in linears if name in whole_names or name in suffixed]
     chosen = [name for name in chosen if not is_excluded(name, config.exclude_modules)]
     if not chosen:
         found = sorted({name.rsplit(".", 1)[-1] for name in linears})
         raise ValueError(
-            f"no layer matches target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r}; "
-            f"{type(model).__name__} has {len(linears)} linear layers, named {', '.join(found) or 'nothing'}"
+            f"no layer matches target_modules={config.target_modules!r} with "
+            f"exclude_modules={config.exclude_modules!r}; {type(model).__name__} has {len(linears)} linear layers, "
+            f"named {', '.join(found) or 'nothing'}"
         )
     return chosen
 
@@ -148,7 +151,7 @@ def share_inputs(parent: nn.Module) -> None:
     """Group the layers of a module that by their names read the same x, as far as all of them are adapted alike."""
     for names in SHARED_INPUT_NAMES:
         layers = [getattr(parent, name, None) for name in names]
-        if all(isinstance(layer, MoDALinear) for layer in layers) and (
+        if all(hasattr(layer, "shared_input") for layer in layers) and (
             len({layer.in_features for layer in layers if layer is not None}) == 1
         ):
             SharedInputGroup(names).attach(parent)

@@ -22,10 +22,10 @@ DEFAULT_NAMES = ("image", "text")
 class MoDALinear(nn.Module):
     """y = x W^T + bias + scaling * sum over experts e of gate_e(modality) * B_e A_e dropout(x) (arXiv 2512.06883).
 
-    The gate is softmax(gate_proj gate_embedding[modality]). A starts as N(0, 0.01), read as a standard deviation of 0.01
-    (about what LoRA's usual uniform start has for 3584 inputs); B starts at zero, so that the layer starts as the frozen
-    one. gate_embedding starts as N(0, 1), gate_proj as U(-1, 1) / sqrt(gate_dim), the defaults of nn.Embedding and
-    nn.Linear.
+    The gate is softmax(gate_proj gate_embedding[modality]). A starts as N(0, 0.01), read as a standard deviation of
+    0.01 (about what LoRA's usual uniform start has for 3584 inputs); B starts at zero, so that the layer starts as the
+    frozen one. gate_embedding starts as N(0, 1), gate_proj as U(-1, 1) / sqrt(gate_dim), the defaults of nn.Embedding
+    and nn.Linear.
 
     Args:
         base_layer: nn.Linear or bitsandbytes Linear4bit; its parameters are frozen here.
@@ -43,6 +43,11 @@ class MoDALinear(nn.Module):
         TypeError: base_layer is neither kind of layer.
         ValueError: sizes do not fit.
     """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    gate_embedding: nn.Parameter
+    gate_proj: nn.Parameter
 
     def __init__(
         self,
@@ -81,21 +86,18 @@ class MoDALinear(nn.Module):
         self.modality_names = tuple(modality_names)
         self.backend = backend
         self.shared_input: SharedInput | None = None
-        options = {"dtype": adapter_dtype, "device": base_layer.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **options))
-        self.gate_embedding = nn.Parameter(torch.empty(num_modalities, gate_dim, **options))
-        self.gate_proj = nn.Parameter(torch.empty(num_experts, gate_dim, **options))
-        self.reset_parameters(generator)
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial values, on the CPU so that they are the same on every device."""
-        bound = 1 / math.sqrt(self.gate_proj.shape[1])
-        self.lora_A.copy_(torch.randn(self.lora_A.shape, generator=generator) * INITIAL_STD_OF_A)
-        self.lora_B.zero_()
-        self.gate_embedding.copy_(torch.randn(self.gate_embedding.shape, generator=generator))
-        self.gate_proj.copy_(torch.rand(self.gate_proj.shape, generator=generator) * (2 * bound) - bound)
+        values = initial_values(
+            self.in_features,
+            self.out_features,
+            r=r,
+            num_experts=num_experts,
+            num_modalities=num_modalities,
+            gate_dim=gate_dim,
+            generator=generator,
+        )
+        device: torch.device = self.weight.device
+        for name, value in zip(ADAPTER_PARAMETERS, values, strict=True):
+            self.register_parameter(name, nn.Parameter(value.to(device=device, dtype=adapter_dtype)))
 
     @property
     def weight(self) -> Tensor:
@@ -109,17 +111,14 @@ class MoDALinear(nn.Module):
 
     def gates(self) -> Tensor:
         """The mixture of every modality: [num_modalities, E], rows sum to one; float32 or wider."""
-        dtype = torch.promote_types(self.gate_proj.dtype, torch.float32)
-        # Not a matrix product, which autocast would round to 16 bits.
-        logits = (self.gate_embedding.to(dtype)[:, None, :] * self.gate_proj.to(dtype)).sum(-1)
-        return torch.softmax(logits, dim=-1)
+        return gates_from(self.gate_embedding, self.gate_proj)
 
     def forward(self, x: Tensor, modality_ids: Tensor | Sequence[int] | int | None = None) -> Tensor:
         """The adapted layer.
 
         Args:
             x: [..., in_features].
-            modality_ids: one id, one per sequence or one per token; the ids of the surrounding `modality` block if absent.
+            modality_ids: one id, one per sequence or one per token; those of the `modality` block around if absent.
         Returns:
             [..., out_features] in x's dtype (autocast's dtype under autocast).
         Raises:
@@ -167,3 +166,31 @@ def frozen_weight(layer: MoDALinear) -> Tensor:
         weight.quant_state = getattr(layer.base_layer, "quant_state", None)  # type: ignore[attr-defined]
         state_of(weight)
     return weight
+
+
+def initial_values(
+    in_features: int,
+    out_features: int,
+    *,
+    r: int,
+    num_experts: int,
+    num_modalities: int,
+    gate_dim: int,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lora_A, lora_B, gate_embedding, gate_proj as they start (see `MoDALinear`), drawn on the CPU for every device."""
+    bound = 1 / math.sqrt(gate_dim)
+    return (
+        torch.randn(r, in_features, generator=generator) * INITIAL_STD_OF_A,
+        torch.zeros(out_features, r),
+        torch.randn(num_modalities, gate_dim, generator=generator),
+        torch.rand(num_experts, gate_dim, generator=generator) * (2 * bound) - bound,
+    )
+
+
+def gates_from(gate_embedding: Tensor, gate_proj: Tensor) -> Tensor:
+    """softmax(gate_proj gate_embedding[m]) for every modality m: [num_modalities, E], float32 or wider."""
+    dtype = torch.promote_types(gate_proj.dtype, torch.float32)
+    # Not a matrix product, which autocast would round to 16 bits.
+    logits = (gate_embedding.to(dtype)[:, None, :] * gate_proj.to(dtype)).sum(-1)
+    return torch.softmax(logits, dim=-1)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sda_fast.moda.config import MoDAConfig
-from sda_fast.moda.inject import adapt_model, named_moda_layers, named_moda_parameters
+from sda_fast.moda.inject import adapt_model, named_moda_parameters
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-FORMAT, FORMAT_VERSION = "sda-fast MoDA adapter", 1
+PEFT_TYPE = "MODA"
+TENSOR_PREFIX = "base_model.model."
+SAVED_NAMES = {
+    "lora_A": "moda_A",
+    "lora_B": "moda_B",
+    "gate_embedding": "moda_gate_embedding",
+    "gate_proj": "moda_gate_proj",
+}
 
 
 class AdapterMismatchError(ValueError):
@@ -23,7 +30,7 @@ class AdapterMismatchError(ValueError):
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model_name: str | None = None) -> None:
-    """Write a model's adapter and nothing else of it. A crash leaves the files as they were before.
+    """Write a model's adapter and nothing else of it, in PEFT's layout. A crash leaves the files as they were before.
 
     Args:
         model: adapted by `adapt_model`.
@@ -37,17 +44,24 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model
     config = config_of(model)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().contiguous() for name, parameter in named_moda_parameters(model)}
-    description: dict[str, Any] = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "base_model_name": base_model_name,
-        "moda": config.as_dict(),
-        "adapted_layers": [name for name, _ in named_moda_layers(model)],
-    }
+    tensors = {saved_name(name): value.detach().contiguous() for name, value in named_moda_parameters(model)}
+    description = {"peft_type": PEFT_TYPE, "base_model_name_or_path": base_model_name, **config.as_dict()}
     text = json.dumps(description, indent=2) + "\n"
     replace_file(target / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     replace_file(target / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def saved_name(name: str) -> str:
+    """The name on disk of a parameter "<layer>.lora_A": "base_model.model.<layer>.moda_A"."""
+    layer, _, parameter = name.rpartition(".")
+    return f"{TENSOR_PREFIX}{layer}.{SAVED_NAMES[parameter]}"
+
+
+def loaded_name(name: str) -> str:
+    """The inverse of `saved_name`; names that are not ours stay as they are."""
+    layer, _, parameter = name.removeprefix(TENSOR_PREFIX).rpartition(".")
+    ours = {saved: own for own, saved in SAVED_NAMES.items()}
+    return f"{layer}.{ours[parameter]}" if parameter in ours else name
 
 
 def replace_file(target: Path, write: Callable[[Path], object]) -> None:
@@ -70,25 +84,31 @@ def config_of(model: nn.Module) -> MoDAConfig:
     return config
 
 
-def read_adapter_config(folder: str | os.PathLike[str]) -> tuple[MoDAConfig, dict[str, Any]]:
-    """The configuration of an adapter on disk, and the whole description it stands in.
+def read_adapter(folder: str | os.PathLike[str]) -> tuple[MoDAConfig, dict[str, Tensor], str | None]:
+    """The configuration of an adapter on disk, its tensors by their names in the model, and its base model's name.
 
     Raises:
         FileNotFoundError: there is no adapter in the folder.
-        AdapterMismatchError: the file is not ours, or of a later version.
+        AdapterMismatchError: it is not a MoDA adapter.
     """
+    from safetensors.torch import load_file
+
     path = Path(folder) / CONFIG_FILE
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise AdapterMismatchError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise AdapterMismatchError(f"{path} is not an adapter written by save_adapter")
-    if description.get("format_version") != FORMAT_VERSION:
-        raise AdapterMismatchError(
-            f"{path} has format_version {description.get('format_version')!r}, this library reads {FORMAT_VERSION}"
-        )
-    return MoDAConfig.from_dict(description["moda"]), description
+    if not isinstance(description, dict) or description.get("peft_type") != PEFT_TYPE:
+        found = description.get("peft_type") if isinstance(description, dict) else description
+        raise AdapterMismatchError(f"{path} is not a MoDA adapter: expected peft_type {PEFT_TYPE!r}, got {found!r}")
+    known = {field.name for field in dataclasses.fields(MoDAConfig)}
+    config = MoDAConfig(**{name: value for name, value in description.items() if name in known})
+    tensors = load_file(Path(folder) / WEIGHTS_FILE)
+    return (
+        config,
+        {loaded_name(name): value for name, value in tensors.items()},
+        description.get("base_model_name_or_path"),
+    )
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> MoDAConfig:
@@ -98,19 +118,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> MoDAConfig
 
     Args:
         model: the base model, or one adapted with the same configuration.
-        folder: written by `save_adapter`.
+        folder: written by `save_adapter` or by PEFT.
     Returns:
         The adapter's configuration.
     Raises:
         FileNotFoundError: a file is missing.
         AdapterMismatchError: configuration, names or shapes do not fit; the message says which.
     """
-    from safetensors.torch import load_file
-
-    config, description = read_adapter_config(folder)
-    tensors = load_file(Path(folder) / WEIGHTS_FILE)
+    config, tensors, _ = read_adapter(folder)
     if getattr(model, "moda_config", None) is None:
-        check_layers_exist(model, description["adapted_layers"])
+        check_layers_exist(model, [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")])
         adapt_model(model, config)
     else:
         check_same_config(config_of(model), config)
@@ -133,12 +150,16 @@ def check_layers_exist(model: nn.Module, names: list[str]) -> None:
 
 
 def check_same_config(of_model: MoDAConfig, of_adapter: MoDAConfig) -> None:
-    """An adapted model must have been adapted like the one that was saved; dropout and seed may differ."""
+    """An adapted model must have been adapted like the one that was saved; dropout and seed may differ.
+
+    Which layers are adapted is compared by the tensors' names, since there are several ways to name them.
+    """
+    free = ("seed", "lora_dropout", "target_modules", "exclude_modules")
     ours, theirs = of_model.as_dict(), of_adapter.as_dict()
     different = [
         f"{name} is {ours[name]!r} in the model and {theirs[name]!r} in the adapter"
         for name in ours
-        if name not in ("seed", "lora_dropout") and ours[name] != theirs[name]
+        if name not in free and ours[name] != theirs[name]
     ]
     if different:
         raise AdapterMismatchError("; ".join(different))
