@@ -46,8 +46,18 @@ COMMANDS = {
         "ReportConfig",
         "write_report",
     ),
+    "run": Command(
+        "all of it on your own catalogue: fine-tune, embed, recommend, report",
+        "sda_fast.pipeline",
+        "PipelineConfig",
+        "run_pipeline",
+    ),
     "tiny": Command(
         "build the small Qwen2.5-VL model that runs anywhere", "sda_fast.lvlm.tiny", "TinyConfig", "build_tiny"
+    ),
+    "generate": Command("write a synthetic catalogue", "sda_fast.data.convert", "GenerateConfig", "generate"),
+    "convert": Command(
+        "turn Amazon or MovieLens files into a catalogue", "sda_fast.data.convert", "ConvertConfig", "convert"
     ),
 }
 
