@@ -1,0 +1,190 @@
+"""The cached step equals the direct step, dropout, checkpointing and autocast included, and survives lack of memory."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sda_fast import CMSALoss, InfoNCELoss, cached_contrastive_step
+from sda_fast.losses.chunking import CachedContrastiveStep, choose_chunk_size, split_batch
+
+
+class Encoder(nn.Module):
+    """Two towers' worth of modality-dependent layers with dropout."""
+
+    def __init__(self, checkpointing=None, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(3)
+        self.shared = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Tanh()).to(dtype)
+        self.heads = nn.ModuleDict({"image": nn.Linear(16, 8), "text": nn.Linear(16, 8)}).to(dtype)
+        self.checkpointing = checkpointing
+        self.calls = []
+
+    def forward(self, chunk, modality):
+        self.calls.append((modality, len(chunk), torch.is_grad_enabled()))
+        if self.checkpointing is None:
+            hidden = self.shared(chunk)
+        else:
+            hidden = checkpoint(self.shared, chunk.requires_grad_(), use_reentrant=self.checkpointing == "reentrant")
+        return self.heads[modality](torch.nn.functional.dropout(hidden, 0.2, self.training))
+
+
+def batch(items=11, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(items, 6, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)]
+
+
+def gradients(*modules):
+    return [p.grad.clone() for m in modules for p in m.parameters()]
+
+
+def direct_step(encoder, loss, images, texts, chunk_size):
+    vectors = [
+        torch.cat([encoder(chunk, modality) for chunk in side.split(chunk_size)])
+        for modality, side in (("image", images), ("text", texts))
+    ]
+    return loss(*vectors)
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
+@pytest.mark.parametrize("loss_type", [CMSALoss, InfoNCELoss])
+@pytest.mark.parametrize("chunk_size", [1, 4, 11])
+def test_cached_step_equals_direct_step_with_dropout_on(checkpointing, loss_type, chunk_size):
+    images, texts = batch()
+    results = []
+    for cached in (True, False):
+        encoder, loss = Encoder(checkpointing), loss_type()
+        torch.manual_seed(7)
+        if cached:
+            value = cached_contrastive_step(encoder, images.split(chunk_size), texts.split(chunk_size), loss)
+            assert not value.requires_grad
+        else:
+            value = direct_step(encoder, loss, images, texts, chunk_size)
+            value.backward()
+        results.append([value.detach(), *gradients(encoder, loss), torch.rand(3)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_cached_step_under_autocast_equals_direct_step():
+    images, texts = batch(dtype=torch.float32)
+    results = []
+    for cached in (True, False):
+        encoder, loss = Encoder(dtype=torch.float32), CMSALoss()
+        torch.manual_seed(7)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if cached:
+                value = cached_contrastive_step(encoder, images.split(4), texts.split(4), loss)
+            else:
+                value = direct_step(encoder, loss, images, texts, 4)
+        if not cached:
+            value.backward()
+        results.append([value.detach(), *gradients(encoder, loss)])
+    for a, b in zip(*results, strict=True):
+        # the direct step rounds its sum over chunks to bfloat16 in another order
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-8 * float(b.abs().max()))
+
+
+def test_one_chunk_at_a_time_has_a_graph():
+    images, texts = batch()
+    encoder = Encoder()
+    cached_contrastive_step(encoder, images.split(4), texts.split(3), CMSALoss())
+    with_graph = [call for call in encoder.calls if call[2]]
+    assert [(m, n) for m, n, _ in with_graph] == [("image", n) for n in (4, 4, 3)] + [("text", n) for n in (3, 3, 3, 2)]
+    assert len(encoder.calls) == 2 * len(with_graph)
+
+
+def test_gradients_add_up_and_backward_scales_them():
+    images, texts = batch()
+    encoder, loss = Encoder().eval(), CMSALoss()
+    chunks = images.split(4), texts.split(4)
+    cached_contrastive_step(encoder, *chunks, loss)
+    once = gradients(encoder, loss)
+    cached_contrastive_step(encoder, *chunks, loss, backward=lambda value: (2 * value).backward())
+    for a, b in zip(once, gradients(encoder, loss), strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_wrong_chunks_are_named():
+    images, texts = batch()
+    with pytest.raises(ValueError, match="no text chunks"):
+        cached_contrastive_step(Encoder(), images.split(4), [], CMSALoss())
+    with pytest.raises(ValueError, match="11 items but the text chunks 10"):
+        cached_contrastive_step(Encoder(), images.split(4), texts[:10].split(4), CMSALoss())
+
+
+@pytest.mark.parametrize("fails_with_graph", [False, True])
+def test_running_out_of_memory_halves_the_chunk_and_loses_nothing(caplog, fails_with_graph):
+    images, texts = batch()
+    encoder, loss = Encoder(), CMSALoss()
+    parameters = [*encoder.parameters(), *loss.parameters()]
+
+    def encode(chunk, modality):
+        if len(chunk) > 2 and torch.is_grad_enabled() == fails_with_graph and modality == "text":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 TiB")
+        return encoder(chunk, modality)
+
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    step = CachedContrastiveStep(encode, loss, parameters, chunk_size=8)
+    torch.manual_seed(7)
+    with caplog.at_level(logging.WARNING):
+        value = step(images, texts)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2 and "7 TiB" in caplog.text
+    assert step.chunk_size == 2
+    survived = [gradient - 1 for gradient in gradients(encoder, loss)]
+    encoder.zero_grad()
+    loss.zero_grad()
+    torch.manual_seed(7)
+    expected = cached_contrastive_step(encoder, images.split(2), texts.split(2), loss)
+    torch.testing.assert_close(value, expected)
+    for a, b in zip(survived, gradients(encoder, loss), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_single_item_that_does_not_fit_and_other_errors_are_raised():
+    images, texts = batch(4)
+
+    def out_of_memory(chunk, modality):
+        raise MemoryError("no")
+
+    def broken(chunk, modality):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(MemoryError):
+        CachedContrastiveStep(out_of_memory, CMSALoss(), [], chunk_size=4)(images, texts)
+    with pytest.raises(RuntimeError, match="shapes"):
+        CachedContrastiveStep(broken, CMSALoss(), [], chunk_size=4)(images, texts)
+
+
+def test_auto_chooses_from_free_memory_and_leaves_no_trace():
+    images, texts = batch()
+    encoder, loss = Encoder(), CMSALoss()
+    tiny = choose_chunk_size(encoder, images, texts, free_bytes=1)
+    some = choose_chunk_size(encoder, images, texts, free_bytes=4000)
+    ample = choose_chunk_size(encoder, images, texts, free_bytes=2**40)
+    assert tiny == 1 and 1 < some < 11 and ample == 11
+    encoder.zero_grad()
+    step = CachedContrastiveStep(encoder, loss, [*encoder.parameters(), *loss.parameters()])
+    torch.manual_seed(7)
+    step(images, texts)
+    assert step.chunk_size == 11
+    automatic = gradients(encoder, loss)
+    encoder.zero_grad()
+    loss.zero_grad()
+    torch.manual_seed(7)
+    cached_contrastive_step(encoder, [images], [texts], loss)
+    for a, b in zip(automatic, gradients(encoder, loss), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_batches_of_tensors_mappings_and_sequences_are_split():
+    tensor = torch.arange(5)
+    assert [len(chunk) for chunk in split_batch(tensor, 2)] == [2, 2, 1]
+    assert split_batch(["a", "b", "c"], 2) == [["a", "b"], ["c"]]
+    chunks = split_batch({"ids": tensor, "names": list("abcde")}, 3)
+    assert chunks[1]["names"] == ["d", "e"] and chunks[1]["ids"].tolist() == [3, 4]
+    with pytest.raises(TypeError, match="int"):
+        split_batch(7, 2)

@@ -1,0 +1,106 @@
+"""Two and three processes give the loss and the gradients of one process with the whole batch."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from sda_fast import CMSALoss, cmsa_loss
+from sda_fast.losses.distributed import gather_embeddings, sharded_cmsa_loss, sum_gradients
+from sda_fast.ops.cmsa_naive import naive_cmsa_loss
+
+FORMS = [
+    {},
+    {"detach_teacher": True},
+    {"row_normalized_targets": True, "normalize": True},
+    {"targets": "hard"},
+]
+
+
+def whole_batch(items):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(items, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+
+def check_rank(rank, sizes, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=len(sizes))
+    try:
+        check_losses(rank, sizes)
+        check_encoder(rank, sizes)
+        check_gathering(rank, sizes)
+    finally:
+        dist.destroy_process_group()
+
+
+def own_rows(rank, sizes):
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def check_losses(rank, sizes):
+    x_all, y_all = whole_batch(sum(sizes))
+    for form in FORMS:
+        x, y = x_all.clone().requires_grad_(), y_all.clone().requires_grad_()
+        t = torch.tensor(1.4, dtype=torch.float64, requires_grad=True)
+        truth = cmsa_loss(x, y, t, **form)
+        expected = torch.autograd.grad(truth, (x, y, t))
+        rows = own_rows(rank, sizes)
+        mine = x_all[rows].clone().requires_grad_(), y_all[rows].clone().requires_grad_()
+        t = torch.tensor(1.4, dtype=torch.float64, requires_grad=True)
+        loss = sharded_cmsa_loss(*mine, t, block_size=4, **form)
+        torch.testing.assert_close(loss, truth.detach(), rtol=1e-12, atol=1e-12)
+        dx, dy, dt = torch.autograd.grad(loss, (*mine, t))
+        torch.testing.assert_close(dx, expected[0][rows], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(dy, expected[1][rows], rtol=1e-10, atol=1e-12)
+        dist.all_reduce(dt)
+        torch.testing.assert_close(dt, expected[2], rtol=1e-10, atol=1e-12)
+
+
+def check_encoder(rank, sizes):
+    x_all, y_all = whole_batch(sum(sizes))
+    results = []
+    for sharded in (True, False):
+        torch.manual_seed(0)
+        encoder = torch.nn.Linear(6, 5).double()
+        loss = CMSALoss(across_ranks=sharded)
+        rows = own_rows(rank, sizes) if sharded else slice(None)
+        loss(encoder(x_all[rows]), encoder(y_all[rows])).backward()
+        parameters = [*encoder.parameters(), *loss.parameters()]
+        if sharded:
+            sum_gradients(parameters)
+        results.append([parameter.grad for parameter in parameters])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def check_gathering(rank, sizes):
+    x_all, y_all = whole_batch(sum(sizes))
+    rows = own_rows(rank, sizes)
+    mine = [side[rows].clone().requires_grad_() for side in (x_all, y_all)]
+    gathered = [gather_embeddings(side) for side in mine]
+    torch.testing.assert_close(gathered[0], x_all)
+    # every rank computes the same loss of all vectors: their gradients add up to world size times one
+    naive_cmsa_loss(*gathered, 1.4).backward()
+    x, y = x_all.clone().requires_grad_(), y_all.clone().requires_grad_()
+    naive_cmsa_loss(x, y, 1.4).backward()
+    torch.testing.assert_close(mine[0].grad, len(sizes) * x.grad[rows])
+    halves = gather_embeddings(x_all[rows].to(torch.bfloat16))
+    assert torch.equal(halves, x_all.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("sizes", [(5, 5), (7, 2), (4, 0, 6)], ids=str)
+def test_ranks_together_equal_one_process(sizes):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(check_rank, args=(sizes, port), nprocs=len(sizes))
+
+
+def test_without_a_process_group_it_is_the_plain_loss():
+    x, y = whole_batch(6)
+    assert sharded_cmsa_loss(x, y, 1.4) == cmsa_loss(x, y, 1.4)
+    assert gather_embeddings(x) is x

@@ -1,0 +1,109 @@
+"""The Triton kernels of CMSA (in Triton's interpreter where there is no GPU) against the formulas written out."""
+
+import pytest
+import torch
+
+from sda_fast import cmsa_loss, infonce_loss
+from sda_fast.ops.cmsa_naive import naive_cmsa_loss, naive_infonce_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+FORMS = [{}, {"detach_teacher": True}, {"row_normalized_targets": True}, {"targets": "hard"}]
+
+
+def naive(x, y, temperature, form):
+    if form.get("targets") == "hard":
+        return naive_infonce_loss(x, y, temperature)
+    return naive_cmsa_loss(x, y, temperature, **form)
+
+
+def loss_and_gradients(function, pairs, dtype, temperature=1.3):
+    pairs = pairs.to(dtype).requires_grad_()
+    temperature = torch.tensor(temperature, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
+    temperature.requires_grad_()
+    loss = function(pairs[0::2], pairs[1::2], temperature)
+    return [loss.detach(), *torch.autograd.grad(loss, (pairs, temperature))]
+
+
+def draw(items, dimensions, dtype, scale=0.5):
+    generator = torch.Generator().manual_seed(items)
+    return (torch.randn(2 * items, dimensions, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("items", "dimensions", "block_size"), [(2, 8, None), (17, 5, None), (129, 40, 70)])
+def test_kernels_equal_the_formula_on_interleaved_rows(dtype, form, items, dimensions, block_size):
+    pairs = draw(items, dimensions, dtype)
+    truth = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), pairs, torch.float64)
+    ours = loss_and_gradients(
+        lambda x, y, t: cmsa_loss(x, y, t, backend="triton", block_size=block_size, **form), pairs, dtype
+    )
+    eps = torch.finfo(torch.float32).eps
+    # float32 sums, rounded once to the vectors' dtype
+    for mine, true, resolution in zip(ours, truth, (eps, torch.finfo(dtype).eps, eps), strict=True):
+        atol = 32 * eps * max(1.0, float(true.abs().max()))
+        torch.testing.assert_close(mine.double(), true, rtol=max(resolution, 32 * eps), atol=atol)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_half_precision_without_sums_of_the_whole_batch(form):
+    pairs = draw(150, 24, torch.float16)
+    truth = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), pairs, torch.float64)
+    ours = loss_and_gradients(
+        lambda x, y, t: cmsa_loss(x, y, t, backend="triton", workspace_bytes=1, **form), pairs, torch.float16
+    )
+    torch.testing.assert_close(ours[1].double(), truth[1], rtol=2**-10, atol=1e-6)
+    torch.testing.assert_close(ours[2].double(), truth[2], rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_with_strided_dimensions():
+    x, y = draw(20, 12, torch.float32)[0::2], draw(20, 12, torch.float32)[1::2]
+    expected = cmsa_loss(x, y, 2.0, backend="triton")
+    assert cmsa_loss(x.T.contiguous().T, y.T.contiguous().T, 2.0, backend="triton") == expected
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("fill", [0.0, 1e4])
+def test_equal_rows_give_log_of_the_batch_size(form, fill):
+    x = torch.full((37, 8), fill, device=DEVICE)
+    loss = cmsa_loss(x, x, 2.0, backend="triton", **form)
+    spacing = torch.finfo(torch.float32).eps * 8 * fill**2
+    torch.testing.assert_close(loss.cpu(), torch.tensor(37.0).log(), rtol=1e-6, atol=4 * spacing)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_huge_rows_and_zero_rows_are_finite_and_right(form):
+    generator = torch.Generator().manual_seed(1)
+    pairs = torch.randint(-8, 9, (42, 16), generator=generator).float().to(DEVICE) * 1250
+    pairs[12:14] = 0
+    for temperature in (1.0, 1e3):
+        truth = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), pairs, torch.float64, temperature)
+        ours = loss_and_gradients(
+            lambda x, y, t: cmsa_loss(x, y, t, backend="triton", **form), pairs, torch.float32, temperature
+        )
+        torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-5, atol=1e-5)
+        assert all(torch.isfinite(value).all() for value in ours)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_one_nan_makes_the_loss_nan(form):
+    pairs = draw(70, 6, torch.float32)
+    pairs[100, 2] = torch.nan
+    ours = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, backend="triton", **form), pairs, torch.float32)
+    assert ours[0].isnan() and ours[1].isnan().any() and ours[2].isnan()
+
+
+def test_equal_runs_give_equal_bits():
+    pairs = draw(100, 16, torch.float32)
+    first, second = (
+        loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, backend="triton"), pairs, torch.float32) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="bfloat16 works on a GPU")
+def test_bfloat16_in_the_interpreter_is_an_error_not_a_wrong_number():
+    x = torch.zeros(4, 8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="interpreter has no bfloat16"):
+        infonce_loss(x, x, 1.0, backend="triton")
