@@ -30,9 +30,7 @@ class DemoConfig:
     steps: int = _setting(300, "fine-tuning steps of each method")
     batch_size: int = _setting(32, "items per fine-tuning step")
     learning_rate: float = _setting(1e-3, "of fine-tuning")
-    recommenders: tuple[str, ...] = _setting(
-        ("sasrec", "bert4rec", "gru4rec", "vbpr"), "which of sasrec, bert4rec, gru4rec, vbpr to train"
-    )
+    recommenders: tuple[str, ...] = _setting(("sasrec", "vbpr"), "which of sasrec, bert4rec, gru4rec, vbpr to train")
     recommend_epochs: int = _setting(30, "most epochs of a sequence model")
     seeds: tuple[int, ...] = _setting((0, 1, 2), "one run of every recommender per seed")
     seed: int = _setting(0, "of the catalogue, the model and fine-tuning")
@@ -63,7 +61,10 @@ def run_demo(config: DemoConfig) -> Path:
             learning_rate=config.learning_rate,
             gradient_checkpointing=False,
             pca_dim=64,
+            embedding_dim=64,
             adapter_hidden=256,
+            evaluate_every=2,
+            patience=3,
             recommenders=config.recommenders,
             recommend_epochs=config.recommend_epochs,
             seeds=config.seeds,

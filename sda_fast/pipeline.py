@@ -60,6 +60,7 @@ class PipelineConfig:
     steps: int = _setting(4000, "fine-tuning steps of each method")
     batch_size: int = _setting(32, "items per fine-tuning step")
     learning_rate: float = _setting(2e-4, "of fine-tuning")
+    lora_dropout: float = _setting(0.1, "dropout on the adapters' input")
     max_pixels: int = _setting(256 * 256, "larger images are reduced to this area")
     gradient_checkpointing: bool = _setting(True, "recompute activations in backward; saves memory, costs a forward")
     pca_dim: int = _setting(768, "components kept per modality")
@@ -67,7 +68,10 @@ class PipelineConfig:
         ("sasrec", "bert4rec", "gru4rec", "vbpr"), "which of sasrec, bert4rec, gru4rec, vbpr to train"
     )
     recommend_epochs: int = _setting(60, "most epochs of a sequence model")
+    embedding_dim: int = _setting(128, "width of the recommenders' item embeddings")
     adapter_hidden: int = _setting(768, "hidden width of the recommenders' adapter over the item vectors")
+    evaluate_every: int = _setting(1, "epochs between evaluations on validation")
+    patience: int = _setting(6, "evaluations on validation without a gain after which training ends")
     seeds: tuple[int, ...] = _setting((0, 1, 2), "one run of every recommender per seed")
     seed: int = _setting(0, "of the small model, fine-tuning and noise images")
     device: str | None = _setting(None, "cpu, cuda or cuda:1; default: a GPU where there is one")
@@ -141,6 +145,7 @@ def _finetune_config(config: PipelineConfig, model: str, method: str, folder: Pa
         steps=config.steps,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
+        lora_dropout=config.lora_dropout,
         max_pixels=config.max_pixels,
         gradient_checkpointing=config.gradient_checkpointing,
         quantization=config.quantization,
@@ -176,7 +181,10 @@ def _recommend_config(config: PipelineConfig, tables: dict[str, Path], folder: P
         recommenders=config.recommenders,
         seeds=config.seeds,
         epochs=config.recommend_epochs,
+        embedding_dim=config.embedding_dim,
         adapter_hidden=config.adapter_hidden,
+        evaluate_every=config.evaluate_every,
+        patience=config.patience,
         device="auto" if config.device is None else config.device.split(":")[0],
         progress=config.progress,
         dataset_name=config.name,
