@@ -41,7 +41,7 @@ CONFIGS: dict[tuple[str, int, int], LaunchConfig] = {
     ("project", 2, 64): LaunchConfig(64, 64, 8, 3),
     ("project", 2, 128): LaunchConfig(64, 64, 4, 3),
     ("project", 2, 256): LaunchConfig(64, 32, 8, 3),
-    ("project", 4, 16): LaunchConfig(64, 64, 4, 3),
+    ("project", 4, 16): LaunchConfig(64, 64, 8, 3),
     ("project", 4, 32): LaunchConfig(64, 64, 4, 3),
     ("project", 4, 64): LaunchConfig(64, 32, 4, 3),
     ("project", 4, 128): LaunchConfig(64, 32, 8, 3),
@@ -73,7 +73,7 @@ CONFIGS: dict[tuple[str, int, int], LaunchConfig] = {
     ("dx_pass", 2, 256): LaunchConfig(32, 64, 8, 2),
     ("dx_pass", 4, 16): LaunchConfig(32, 64, 4, 2),
     ("dx_pass", 4, 32): LaunchConfig(32, 64, 4, 2),
-    ("dx_pass", 4, 64): LaunchConfig(32, 64, 8, 2),
+    ("dx_pass", 4, 64): LaunchConfig(32, 32, 8, 2),
     ("dx_pass", 4, 128): LaunchConfig(32, 32, 8, 2),
     ("dx_pass", 4, 256): LaunchConfig(16, 32, 8, 2),
 }
