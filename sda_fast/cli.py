@@ -63,7 +63,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `sda-fast`; returns the exit status (0 done, 2 a clear error in what was given, 130 interrupted)."""
+    """Run `sda-fast`; returns the exit status (0 done, 2 an error that the message explains, 130 interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="sda-fast",
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept and a second start continues from there", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if arguments.debug:
             raise
         print(f"sda-fast {arguments.command}: {error}", file=sys.stderr)
