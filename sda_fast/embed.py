@@ -16,21 +16,21 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from sda_fast.batches import BatchMaker, image_area
-from sda_fast.checkpoint import file_sha256
 from sda_fast.data.items import Catalogue, Item, read_items
 from sda_fast.data.vectors import ItemVectors, read_item_vectors, write_item_vectors
-from sda_fast.embed_shards import EmbeddingShards, Shard
-from sda_fast.fingerprint import catalogue_fingerprint, digest, folder_fingerprint, versions
+from sda_fast.jobs.batches import BatchMaker, image_area
+from sda_fast.jobs.checkpoint import file_sha256
+from sda_fast.jobs.embed_shards import EmbeddingShards, Shard
+from sda_fast.jobs.fingerprint import catalogue_fingerprint, digest, folder_fingerprint, versions
+from sda_fast.jobs.pca import fit_pca, read_pca, write_pca
+from sda_fast.jobs.sampler import length_buckets
+from sda_fast.jobs.train_state import activation_dtype, chosen_device
+from sda_fast.jobs.train_step import is_out_of_memory
 from sda_fast.lvlm.collate import ImageOptions
 from sda_fast.lvlm.encode import encode
 from sda_fast.lvlm.load import load_lvlm
 from sda_fast.lvlm.prompts import PromptConfig, attribute_text
 from sda_fast.moda.save import load_adapter
-from sda_fast.pca import fit_pca, read_pca, write_pca
-from sda_fast.sampler import length_buckets
-from sda_fast.train_state import activation_dtype, chosen_device
-from sda_fast.train_step import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -16,24 +16,24 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from sda_fast.batches import Batch, BatchMaker, Prefetcher
-from sda_fast.checkpoint import newest_checkpoint
 from sda_fast.data.items import Catalogue, read_items
-from sda_fast.fingerprint import catalogue_fingerprint
-from sda_fast.losses.cached import RandomState
-from sda_fast.losses.distributed import sum_gradients
-from sda_fast.lvlm.collate import ImageOptions
-from sda_fast.run_log import RunLog, read_log
-from sda_fast.sampler import BatchOrder, rank_slice
-from sda_fast.train_config import FinetuneConfig, preset
-from sda_fast.train_state import TrainingState, build_state
-from sda_fast.train_step import (
+from sda_fast.jobs.batches import Batch, BatchMaker, Prefetcher
+from sda_fast.jobs.checkpoint import newest_checkpoint
+from sda_fast.jobs.fingerprint import catalogue_fingerprint
+from sda_fast.jobs.run_log import RunLog, read_log
+from sda_fast.jobs.sampler import BatchOrder, rank_slice
+from sda_fast.jobs.train_config import FinetuneConfig, preset
+from sda_fast.jobs.train_state import TrainingState, build_state
+from sda_fast.jobs.train_step import (
     ContrastiveStep,
     fitting_chunk_size,
     is_out_of_memory,
     loss_across_processes,
     training_mode,
 )
+from sda_fast.losses.cached import RandomState
+from sda_fast.losses.distributed import sum_gradients
+from sda_fast.lvlm.collate import ImageOptions
 
 __all__ = ["ConfigMismatchError", "FinetuneConfig", "FinetuneResult", "NonFiniteLossError", "finetune", "preset"]
 

@@ -15,6 +15,7 @@ from sda_fast.data.atomic import write_text_atomic
 from sda_fast.data.images import load_image
 from sda_fast.data.items import Catalogue, read_items
 from sda_fast.data.vectors import ItemVectors, read_item_vectors
+from sda_fast.jobs.run_log import read_log
 from sda_fast.recommend.results import RecommendResult, read_results
 from sda_fast.report.config import ReportConfig
 from sda_fast.report.measures import (
@@ -27,7 +28,6 @@ from sda_fast.report.measures import (
 )
 from sda_fast.report.page import Heading, Paragraph, Part, Picture, to_html, to_markdown
 from sda_fast.report.tables import Table, gains_table, groups_table, key_value_table, metrics_table
-from sda_fast.run_log import read_log
 
 logger = logging.getLogger(__name__)
 

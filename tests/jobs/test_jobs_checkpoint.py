@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sda_fast import checkpoint
-from sda_fast.run_log import RunLog, read_log
+from sda_fast.jobs.run_log import RunLog, read_log
 
 
 def write_one(folder, step, content="x"):

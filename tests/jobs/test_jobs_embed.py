@@ -9,7 +9,7 @@ import torch
 from sda_fast import embed as embed_job
 from sda_fast.data.vectors import read_item_vectors
 from sda_fast.embed import EmbedConfig, embed
-from sda_fast.pca import fit_pca
+from sda_fast.jobs.pca import fit_pca
 from sda_fast.train import finetune
 
 

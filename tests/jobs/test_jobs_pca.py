@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sda_fast.pca import fit_pca
+from sda_fast.jobs.pca import fit_pca
 
 
 def table(n, width, seed=0):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from sda_fast.data.vectors import read_item_vectors
 from sda_fast.embed import EmbedConfig, embed
-from sda_fast.run_log import read_log
+from sda_fast.jobs.run_log import read_log
 from sda_fast.train import ConfigMismatchError, finetune
 
 RUN_JOBS = """

@@ -1,6 +1,6 @@
 import pytest
 
-from sda_fast.sampler import BatchOrder, length_buckets, rank_slice
+from sda_fast.jobs.sampler import BatchOrder, length_buckets, rank_slice
 
 
 def test_batch_is_a_function_of_seed_and_step_only():

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sda_fast.batches import Batch, BatchMaker, Chunk, image_area
 from sda_fast.data.items import Item
+from sda_fast.jobs.batches import Batch, BatchMaker, Chunk, image_area
 from sda_fast.losses.cached import LossFunction, RandomState, cached_contrastive_step
 from sda_fast.losses.distributed import sharded_cmsa_loss
 from sda_fast.losses.modules import CMSALoss, InfoNCELoss

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from sda_fast import checkpoint
 from sda_fast.data.atomic import write_json_atomic, write_text_atomic
-from sda_fast.fingerprint import versions
+from sda_fast.jobs.fingerprint import versions
+from sda_fast.jobs.model_card import model_card
+from sda_fast.jobs.train_config import FinetuneConfig
 from sda_fast.losses.modules import CMSALoss, InfoNCELoss
 from sda_fast.lvlm.load import LVLM, load_lvlm
 from sda_fast.moda.config import MoDAConfig
 from sda_fast.moda.inject import adapt_model
 from sda_fast.moda.save import load_adapter, save_adapter
-from sda_fast.model_card import model_card
-from sda_fast.train_config import FinetuneConfig
 
 
 @dataclass

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sda_fast.data.images import NOISE_SIDE, bounded_size
 from sda_fast.data.items import Item
+from sda_fast.jobs.sampler import length_buckets
 from sda_fast.lvlm.collate import ImageOptions, collate_images, collate_texts
 from sda_fast.lvlm.family import ImageFeatures
 from sda_fast.lvlm.load import LVLM
 from sda_fast.lvlm.prompts import PromptConfig, attribute_text
-from sda_fast.sampler import length_buckets
 
 
 @dataclass
