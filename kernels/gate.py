@@ -40,6 +40,7 @@ from triton.compiler import ASTSource
 TABLES = (
     "sda_fast.kernels.moda_variants",
     "sda_fast.kernels.nf4_variants",
+    "sda_fast.kernels.cmsa_variants",
 )
 
 # Bytes of shared memory one program may use. Code for sm_80 also runs on sm_86 and sm_89, which have the least.
@@ -184,7 +185,7 @@ def run_gate(config: GateConfig) -> str:
 def format_reports(reports: Sequence[KernelReport]) -> str:
     """A table, one line per variant and target, with faults at the end of the line and counted in the last one."""
     header = (
-        f"{'kernel':<46} {'chip':<6} {'regs':>4} {'spill':>5} {'shared':>7}  {'tensor cores':<14} {'moved/floor':>17}"
+        f"{'kernel':<50} {'chip':<6} {'regs':>4} {'spill':>5} {'shared':>7}  {'tensor cores':<14} {'moved/floor':>17}"
     )
     lines = [header]
     for report in reports:
@@ -193,7 +194,7 @@ def format_reports(reports: Sequence[KernelReport]) -> str:
         moved = f"{variant.bytes_moved / 1e6:.1f}/{variant.bytes_floor / 1e6:.1f} MB"
         ratio = f"{variant.bytes_moved / variant.bytes_floor:.2f}"
         lines.append(
-            f"{variant.name:<46} {report.target:<6} {report.registers:>4} {report.spill_bytes:>5} "
+            f"{variant.name:<50} {report.target:<6} {report.registers:>4} {report.spill_bytes:>5} "
             f"{report.shared_bytes:>7}  {used:<14} {moved:>17} {ratio}"
             + (f"  FAULT: {'; '.join(report.faults)}" if report.faults else "")
         )
