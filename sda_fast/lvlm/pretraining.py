@@ -11,12 +11,15 @@ from tqdm import tqdm
 
 from sda_fast.data.items import Item
 from sda_fast.lvlm.collate import collate_images, plain_text, render
+from sda_fast.lvlm.encode import mean_pool
 from sda_fast.lvlm.family import image_token_mask
 from sda_fast.lvlm.load import LVLM
 from sda_fast.lvlm.prompts import PromptConfig, attribute_text, text_messages
 
 MAX_CAPTION_TOKENS = 16
 TEXT_EVERY = 4
+WORD_WEIGHT = 0.5
+RARE_WORD = 0.02
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,14 @@ def pretrain(
     """Train the whole model, in place, to write an item's attributes under its picture and to continue its text.
 
     A caption is one attribute, drawn at random: in a whole text most tokens follow from the ones before, and the
-    picture would hardly matter. Every fourth step adds half a batch of whole texts.
+    picture would hardly matter. To find the picture at all within a minute, the mean hidden state of picture and
+    instruction must also tell which words the item's text holds. Every fourth step adds half a batch of whole texts.
     """
     losses = PretrainingLosses([], [])
     if not steps:
         return losses
     examples = [_example(lvlm, item, prompts) for item in items]
+    words = _word_targets(examples, lvlm.model.config.text_config.vocab_size)
     model = lvlm.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
@@ -50,13 +55,15 @@ def pretrain(
     for step in progress:
         while len(order) < batch_size:
             order += torch.randperm(len(examples)).tolist()
-        chosen, order = [examples[i] for i in order[:batch_size]], order[batch_size:]
-        captions = [e.captions[int(torch.randint(len(e.captions), ()))] for e in chosen]
-        caption_loss = _next_token_loss(lvlm, captions, [e.image for e in chosen])
+        chosen, order = order[:batch_size], order[batch_size:]
+        batch = [examples[index] for index in chosen]
+        captions = [example.captions[int(torch.randint(len(example.captions), ()))] for example in batch]
+        caption_loss, prompt_vectors = _forward(lvlm, captions, [example.image for example in batch])
+        word_loss = -(words[chosen] * model.lm_head(prompt_vectors).log_softmax(-1)).sum(-1).mean()
         optimizer.zero_grad()
-        caption_loss.backward()
+        (caption_loss + WORD_WEIGHT * word_loss).backward()
         if step % TEXT_EVERY == 0:
-            text_loss = _next_token_loss(lvlm, [e.text for e in chosen[: max(1, batch_size // 2)]], None)
+            text_loss, _ = _forward(lvlm, [example.text for example in batch[: math.ceil(batch_size / 2)]], None)
             text_loss.backward()
             losses.text.append(float(text_loss.detach()))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -96,9 +103,24 @@ def _example(lvlm: LVLM, item: Item, prompts: PromptConfig) -> _Example:
     return _Example(image, captions, _Sequence(token_ids(render(lvlm, text_messages(text), prompts)), 1))
 
 
-def _next_token_loss(
+def _word_targets(examples: Sequence[_Example], vocab_size: int) -> torch.Tensor:
+    """[items, vocabulary]: each text's tokens weighted by how telling they are, without rare and omnipresent ones.
+
+    The weight is the logarithm of the inverse share of items that have the token; rows sum to one, or to zero.
+    """
+    present = torch.zeros(len(examples), vocab_size)
+    for row, example in enumerate(examples):
+        present[row, example.text.input_ids] = 1
+    share = present.mean(0)
+    weights = torch.where(share > RARE_WORD, -share.log(), 0.0)
+    targets = present * weights
+    return targets / targets.sum(-1, keepdim=True).clamp_min(1e-6)
+
+
+def _forward(
     lvlm: LVLM, sequences: Sequence[_Sequence], images: Sequence[dict[str, torch.Tensor]] | None
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean next-token loss over the targets, and the mean hidden state [B, D] over what comes before them."""
     length = max(len(sequence.input_ids) for sequence in sequences)
     input_ids = torch.full((len(sequences), length), lvlm.tokenizer.pad_token_id)
     attention_mask, is_target = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
@@ -116,4 +138,5 @@ def _next_token_loss(
     batch["position_ids"] = lvlm.family.position_ids(lvlm.model, batch)
     hidden_states = lvlm.family.last_hidden_state(lvlm.model, batch, features)
     logits = lvlm.model.lm_head(hidden_states[:, :-1][is_target[:, 1:]])
-    return torch.nn.functional.cross_entropy(logits, input_ids[:, 1:][is_target[:, 1:]])
+    loss = torch.nn.functional.cross_entropy(logits, input_ids[:, 1:][is_target[:, 1:]])
+    return loss, mean_pool(hidden_states, attention_mask.bool() & ~is_target)

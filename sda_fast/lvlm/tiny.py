@@ -72,7 +72,7 @@ class TinyConfig:
     images: Path | None = field(default=None, metadata={"help": "where image paths start; default: beside the items"})
     seed: int = field(default=0, metadata={"help": "seed of weights and batches"})
     pretrain_steps: int = field(default=300, metadata={"help": "captioning steps; 0 leaves the model random"})
-    hidden_size: int = field(default=128, metadata={"help": "width of decoder and vision tower, a multiple of 64"})
+    hidden_size: int = field(default=128, metadata={"help": "width of the decoder, a multiple of 64"})
     num_layers: int = field(default=4, metadata={"help": "decoder layers"})
     image_side: int = field(default=84, metadata={"help": "pictures are scaled to this square area; multiple of 28"})
 
@@ -97,7 +97,7 @@ def build_tiny_lvlm(
     seed: int = 0,
     pretrain_steps: int = 300,
     pretrain_items: int = 1024,
-    batch_size: int = 16,
+    batch_size: int = 24,
     learning_rate: float = 2e-3,
     hidden_size: int = 128,
     num_layers: int = 4,
@@ -112,7 +112,7 @@ def build_tiny_lvlm(
         folder: to write; must not exist or be empty.
         pretrain_steps: of `batch_size` captions and as many texts each; 0 leaves the model random.
         pretrain_items: at most so many items, drawn with the seed, are used for pre-training.
-        hidden_size: of decoder and tower, a multiple of 64, so that blocks of NF4 end with the rows.
+        hidden_size: of the decoder, a multiple of 64, so that blocks of NF4 end with the rows.
         image_side: pictures are scaled to about image_side x image_side pixels, a multiple of 28.
         vocab_size: upper bound, special tokens included.
 
@@ -190,13 +190,13 @@ def build_model(tokenizer: Any, *, hidden_size: int, num_layers: int) -> Any:
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision_config = {
-        "depth": 3,
-        "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
-        "num_heads": num_heads,
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_heads": 4,
         "out_hidden_size": hidden_size,
         "initializer_range": hidden_size**-0.5,
-        "fullatt_block_indexes": [2],
+        "fullatt_block_indexes": [0, 1],
     }
     config = Qwen2_5_VLConfig(
         text_config=text_config,
