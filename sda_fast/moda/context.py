@@ -1,9 +1,9 @@
 """Which modality the adapted layers see: `with modality("image"): model(...)`.
 
-The ids must also be there when activation checkpointing runs a layer again during backward, long after the block has been
-left, and possibly in another thread. So while a context is active, every tensor that autograd saves carries it along, and
-unpacking one in backward makes its context the active one of that thread, until that backward is over. Both kinds of
-checkpointing save their inputs outside the region that they run again, so they unpack them right before they do.
+The ids must also be there when activation checkpointing runs a layer again during backward, long after the block has
+been left, and possibly in another thread. So while a context is active, every tensor that autograd saves carries it
+along, and unpacking one in backward makes its context the active one of that thread, until that backward is over. Both
+kinds of checkpointing save their inputs outside the region that they run again, and unpack them right before they do.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class CarryModality:
         return tensor
 
 
-class modality:  # noqa: N801, used like a function
+class modality:
     """Context manager: the modality of everything that runs through adapted layers inside.
 
     It also holds for what activation checkpointing recomputes later in backward. Blocks nest; each thread has its own.
@@ -139,8 +139,8 @@ class modality:  # noqa: N801, used like a function
             hidden_states = model(**batch).last_hidden_state
 
     Args:
-        which: a name ("image", "text"), one id for everything, or ids as a tensor or sequence, one per sequence [B] or one
-            per token [B, T].
+        which: a name ("image", "text"), one id for everything, or ids as a tensor or sequence, one per sequence [B] or
+            one per token [B, T].
     Raises:
         TypeError: `which` is none of these, or ids are not integers.
         ValueError: an id is negative.

@@ -206,8 +206,8 @@ def moda_group_fake(
     backend: str,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     M, K = x.shape
-    for layout, _ in split_layouts(layouts):
-        torch._check(K == layout.in_features, lambda: f"x has {K} features, a layer takes {layout.in_features}")
+    widths = [layout.in_features for layout, _ in split_layouts(layouts)]
+    torch._check(all(width == K for width in widths), lambda: f"x has {K} features, the layers take {widths}")
     y = [x.new_empty(M, layout.out_features) for layout, _ in split_layouts(layouts)]
     h = x.new_empty(M, sum(matrix.shape[0] for matrix in lora_A), dtype=moda_torch.wide(x.dtype))
     shape = (M, (K + 7) // 8) if keeps_bits(x, dropout, backend) else (0,)
@@ -251,11 +251,11 @@ def any_requires_grad(tensors: list[Tensor]) -> bool:
 
 
 def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor]) -> None:
-    """Save what the wanted gradients need: x for dA, W for dx, h for dB and dgates, a seed or packed bits for dropout."""
+    """Save what the wanted gradients need: x for dA, W for dx, h for dB and dgates, a seed or bits for dropout."""
     x, weights, statistics, layouts, biases, lora_A, lora_B, gates, modality_ids, scalings, dropout, seed, backend = (
         inputs
     )
-    y, h, bits = output
+    _, h, bits = output
     ctx.mark_non_differentiable(h, bits)
     ctx.set_materialize_grads(False)
     ctx.needs = [x.requires_grad, *map(any_requires_grad, (lora_A, lora_B, gates))]

@@ -27,11 +27,11 @@ def moda_linear(
 ) -> Tensor:
     """x W^T + bias + scaling * sum over experts e of gate_e * B_e A_e dropout(x) (arXiv 2512.06883, MoDA).
 
-    The experts cost what one LoRA of the total rank costs. Kept for backward: x, h = dropout(x) A^T in float32, and a seed
-    (on a CPU one bit per element of x).
+    The experts cost what one LoRA of the total rank costs. Kept for backward: x, h = dropout(x) A^T in float32, and a
+    seed (on a CPU one bit per element of x).
 
     Args:
-        x: [..., K], float64, float32, float16 or bfloat16; under autocast it is cast as in `torch.nn.functional.linear`.
+        x: [..., K], float64, float32, float16 or bfloat16; under autocast it is cast as `nn.functional.linear` does.
         weight: [N, K] in any floating dtype, or a bitsandbytes 4-bit parameter; frozen.
         lora_A: [R, K], the experts' rows stacked: expert e owns rows e * R / E to (e + 1) * R / E - 1.
         lora_B: [N, R], stacked likewise in columns.

@@ -1,7 +1,8 @@
 """The PyTorch path of MoDA for layers that share x, forward and backward, on 2-D tensors and without autograd.
 
-Sizes: M rows, K inputs, N outputs of a layer, R its total rank, E its experts. Activation-sized products run in the dtype
-of x; everything of size M x R is held in float32 (float64 for float64 activations) and rounded once before a product.
+Sizes: M rows, K inputs, N outputs of a layer, R its total rank, E its experts. Activation-sized products run in the
+dtype of x; everything of size M x R is held in float32 (float64 for float64 activations) and rounded once before a
+product.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def backward(
 
 
 def gate_gradient(products: Tensor, member: Member, modality_ids: Tensor | None) -> Tensor:
-    """dg = scaling * the sum of dhg * h over the rows of a modality and the ranks of an expert, in the shape of gates."""
+    """dg = scaling * sum of dhg * h over the rows of a modality and the ranks of an expert, in the shape of gates."""
     modalities, experts = member.gates.shape
     lines = modalities if modality_ids is None else modality_ids.shape[0]
     of_line = by_id(products, lines).sum(1).view(lines, experts, products.shape[1] // experts).sum(2) * member.scaling

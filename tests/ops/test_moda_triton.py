@@ -1,0 +1,77 @@
+"""The Triton path behind moda_linear against the PyTorch path, dropout included; in the interpreter without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sda_fast.ops.moda_linear import moda_linear_group
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# bfloat16 is not computed rightly by Triton's interpreter.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def run(
+    backend: str, dtype: torch.dtype, layout: str, dropout: float, needed: str = "xABg", leading: tuple = (3, 7)
+) -> list[Tensor]:
+    """Outputs of a group of two and the gradients asked for."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    K, rows = 40, torch.Size(leading).numel()
+    x = normal(*leading, K).to(DEVICE, dtype).requires_grad_("x" in needed)
+    lists: dict[str, list[Tensor]] = {"weights": [], "lora_A": [], "lora_B": [], "gates": []}
+    for N, R, E in ((33, 8, 4), (16, 6, 1)):
+        lists["weights"].append((normal(N, K) * K**-0.5).to(DEVICE, dtype))
+        lists["lora_A"].append((normal(R, K) * K**-0.5).to(DEVICE).requires_grad_("A" in needed))
+        lists["lora_B"].append(normal(N, R).to(DEVICE).requires_grad_("B" in needed))
+        lines = rows if layout == "per row gates" else 2
+        lists["gates"].append(torch.softmax(normal(lines, E), -1).to(DEVICE).requires_grad_("g" in needed))
+    ids = {
+        "per sequence": torch.arange(leading[0], device=DEVICE) % 2,
+        "per token": torch.arange(rows, device=DEVICE).view(leading) % 2,
+        "one id": 1,
+        "per row gates": None,
+    }[layout]
+    outputs = moda_linear_group(
+        x, **lists, modality_ids=ids, scalings=[2.0, 0.5], biases=[None, normal(16).to(DEVICE, dtype)],
+        dropout=dropout, seed=2**40 + 1, backend=backend,
+    )  # fmt: skip
+    inputs = [t for t in (x, *lists["lora_A"], *lists["lora_B"], *lists["gates"]) if t.requires_grad]
+    directions = [normal(*y.shape).to(DEVICE, dtype) for y in outputs]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, inputs, directions)]
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype) -> None:
+    # Both round h, dhg and the results to `dtype`, at other places; sums of 100 terms of either sign lose a digit.
+    tolerance = 32 * torch.finfo(dtype).eps
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert (a.double() - b.double()).norm() <= tolerance * b.double().norm() + 1e-12
+
+
+@pytest.mark.parametrize("layout", ["per sequence", "per token", "one id", "per row gates"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_equals_pytorch_with_the_same_seed(dtype: torch.dtype, dropout: float, layout: str) -> None:
+    assert_close(run("triton", dtype, layout, dropout), run("torch", dtype, layout, dropout), dtype)
+
+
+@pytest.mark.parametrize("needed", ["x", "A", "B", "g", "xg", "AB"])
+def test_triton_gives_only_the_gradients_asked_for(needed: str) -> None:
+    ours, theirs = (run(backend, torch.float32, "per sequence", 0.25, needed) for backend in ("triton", "torch"))
+    assert len(ours) == 2 + sum(1 if name == "x" else 2 for name in needed)
+    assert_close(ours, theirs, torch.float32)
+
+
+@pytest.mark.parametrize("leading", [(1, 1), (0, 3)])
+def test_triton_takes_one_row_and_none(leading: tuple[int, ...]) -> None:
+    ours, theirs = (
+        run(backend, torch.float32, "per sequence", 0.25, leading=leading) for backend in ("triton", "torch")
+    )
+    assert_close(ours, theirs, torch.float32)
