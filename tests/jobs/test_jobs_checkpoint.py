@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sda_fast import checkpoint
+from sda_fast.jobs import checkpoint
 from sda_fast.jobs.run_log import RunLog, read_log
 
 

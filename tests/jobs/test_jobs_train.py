@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sda_fast import checkpoint, train, train_state
+from sda_fast import train
+from sda_fast.jobs import checkpoint, train_state
 from sda_fast.train import ConfigMismatchError, FinetuneConfig, NonFiniteLossError, finetune, preset
 
 RUN_FROM_JSON = """
@@ -146,7 +147,7 @@ def test_a_kill_while_a_checkpoint_is_being_written_loses_only_that_checkpoint(
     slow = RUN_FROM_JSON.replace(
         "from sda_fast.train import",
         "import time\n"
-        "from sda_fast import checkpoint\n"
+        "from sda_fast.jobs import checkpoint\n"
         "save = checkpoint.save_optimizer\n"
         "def slow(optimizer, path):\n"
         "    save(optimizer, path)\n"
