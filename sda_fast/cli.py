@@ -55,6 +55,12 @@ COMMANDS = {
     "tiny": Command(
         "build the small Qwen2.5-VL model that runs anywhere", "sda_fast.lvlm.tiny", "TinyConfig", "build_tiny"
     ),
+    "kernels": Command(
+        "compile every kernel for three GPU generations and check registers, spills, shared memory",
+        "sda_fast.kernels.gate",
+        "GateConfig",
+        "run_gate",
+    ),
     "generate": Command("write a synthetic catalogue", "sda_fast.data.convert", "GenerateConfig", "generate"),
     "convert": Command(
         "turn Amazon or MovieLens files into a catalogue", "sda_fast.data.convert", "ConvertConfig", "convert"

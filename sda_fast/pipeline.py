@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sda_fast.data.atomic import write_json_atomic
 from sda_fast.data.items import read_items
 from sda_fast.embed import EmbedConfig, embed
+from sda_fast.lvlm.prompts import PromptConfig
 from sda_fast.lvlm.tiny import build_tiny_lvlm
 from sda_fast.recommend import RecommendConfig, recommend
 from sda_fast.report import ReportConfig, write_report
@@ -61,6 +62,7 @@ class PipelineConfig:
     batch_size: int = _setting(32, "items per fine-tuning step")
     learning_rate: float = _setting(2e-4, "of fine-tuning")
     lora_dropout: float = _setting(0.1, "dropout on the adapters' input")
+    fields: list[str] | None = _setting(None, "attribute fields that make the text, in order; default: all")
     max_pixels: int = _setting(256 * 256, "larger images are reduced to this area")
     gradient_checkpointing: bool = _setting(True, "recompute activations in backward; saves memory, costs a forward")
     pca_dim: int = _setting(768, "components kept per modality")
@@ -131,7 +133,11 @@ def _small_model(config: PipelineConfig, output: Path, stages: StageClock) -> Pa
     if not (folder / "config.json").is_file():
         with stages.measure("build and pre-train the small model"):
             build_tiny_lvlm(
-                read_items(config.items, config.images), folder, seed=config.seed, pretrain_steps=config.pretrain_steps
+                read_items(config.items, config.images),
+                folder,
+                seed=config.seed,
+                pretrain_steps=config.pretrain_steps,
+                prompts=PromptConfig(fields=config.fields),
             )
     return folder
 
@@ -146,6 +152,7 @@ def _finetune_config(config: PipelineConfig, model: str, method: str, folder: Pa
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         lora_dropout=config.lora_dropout,
+        fields=config.fields,
         max_pixels=config.max_pixels,
         gradient_checkpointing=config.gradient_checkpointing,
         quantization=config.quantization,
@@ -165,6 +172,7 @@ def _embed_config(config: PipelineConfig, model: str, adapter: Path | None, tabl
         adapter=adapter,
         pca_dim=config.pca_dim,
         quantization=config.quantization,
+        fields=config.fields,
         max_pixels=config.max_pixels,
         seed=config.seed,
         device=config.device,
