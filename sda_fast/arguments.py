@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the help text of its command-line option; lists and dicts are copied."""
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, config_class: type) -> None:
     """Add one `--field-name` option per field of the dataclass `config_class`; fields without a default are required.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sda_fast.arguments import setting
 from sda_fast.data.atomic import write_json_atomic
 from sda_fast.data.synthetic import SyntheticPaths, generate_catalogue
 from sda_fast.pipeline import PipelineConfig, StageClock, run_pipeline
@@ -15,26 +15,22 @@ from sda_fast.pipeline import PipelineConfig, StageClock, run_pipeline
 logger = logging.getLogger(__name__)
 
 
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class DemoConfig:
     """Sizes of the demo; the defaults end within ten minutes on two CPU cores."""
 
-    output: Path = _setting(Path("runs/demo"), "folder for everything; a second start continues there")
-    num_items: int = _setting(600, "items of the generated catalogue")
-    num_users: int = _setting(1500, "simulated users")
-    pretrain_steps: int = _setting(300, "captioning steps of the small model")
-    steps: int = _setting(300, "fine-tuning steps of each method")
-    batch_size: int = _setting(32, "items per fine-tuning step")
-    learning_rate: float = _setting(1e-3, "of fine-tuning")
-    recommenders: tuple[str, ...] = _setting(("sasrec", "vbpr"), "which of sasrec, bert4rec, gru4rec, vbpr to train")
-    recommend_epochs: int = _setting(30, "most epochs of a sequence model")
-    seeds: tuple[int, ...] = _setting((0, 1, 2), "one run of every recommender per seed")
-    seed: int = _setting(0, "of the catalogue, the model and fine-tuning")
-    progress: bool = _setting(True, "show progress bars")
+    output: Path = setting(Path("runs/demo"), "folder for everything; a second start continues there")
+    num_items: int = setting(600, "items of the generated catalogue")
+    num_users: int = setting(1500, "simulated users")
+    pretrain_steps: int = setting(300, "captioning steps of the small model")
+    steps: int = setting(300, "fine-tuning steps of each method")
+    batch_size: int = setting(32, "items per fine-tuning step")
+    learning_rate: float = setting(1e-3, "of fine-tuning")
+    recommenders: tuple[str, ...] = setting(("sasrec", "vbpr"), "which of sasrec, bert4rec, gru4rec, vbpr to train")
+    recommend_epochs: int = setting(30, "most epochs of a sequence model")
+    seeds: tuple[int, ...] = setting((0, 1, 2), "one run of every recommender per seed")
+    seed: int = setting(0, "of the catalogue, the model and fine-tuning")
+    progress: bool = setting(True, "show progress bars")
 
 
 def run_demo(config: DemoConfig) -> Path:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sda_fast.arguments import setting
 from sda_fast.data.atomic import write_json_atomic
 from sda_fast.data.items import read_items
 from sda_fast.embed import EmbedConfig, embed
@@ -31,10 +32,6 @@ METHODS: Mapping[str, Mapping[str, Any] | None] = {
 }
 
 
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class PipelineConfig:
     """One run of all jobs over one catalogue.
@@ -46,38 +43,38 @@ class PipelineConfig:
     items: Path = field(metadata={"help": "catalogue: JSON lines, .jsonl or .jsonl.gz"})
     interactions: Path = field(metadata={"help": "table with user, item and timestamp (.tsv or .csv, also .gz)"})
     output: Path = field(metadata={"help": "folder for everything the run makes; a second start continues there"})
-    images: Path | None = _setting(None, "folder that image paths start from; default: the catalogue's")
-    name: str = _setting("", "name of the data set in the report")
-    synthetic: bool = _setting(False, "the data are generated; the report says so")
-    truth: Path | None = _setting(None, "table of the true factors of a generated catalogue, shown as 'oracle'")
-    model: str | None = _setting(
+    images: Path | None = setting(None, "folder that image paths start from; default: the catalogue's")
+    name: str = setting("", "name of the data set in the report")
+    synthetic: bool = setting(False, "the data are generated; the report says so")
+    truth: Path | None = setting(None, "table of the true factors of a generated catalogue, shown as 'oracle'")
+    model: str | None = setting(
         None, "model folder or hub name; default: a small Qwen2.5-VL built and pre-trained on this catalogue"
     )
-    pretrain_steps: int = _setting(300, "captioning steps of the small model, where it is built")
-    quantization: Literal["nf4", "none"] = _setting("nf4", "how the language model's frozen weights are held")
-    methods: tuple[str, ...] = _setting(
+    pretrain_steps: int = setting(300, "captioning steps of the small model, where it is built")
+    quantization: Literal["nf4", "none"] = setting("nf4", "how the language model's frozen weights are held")
+    methods: tuple[str, ...] = setting(
         (ZERO_SHOT, "LoRA + InfoNCE", "SDA"), f"ways to item vectors, among: {'; '.join(METHODS)}"
     )
-    steps: int = _setting(4000, "fine-tuning steps of each method")
-    batch_size: int = _setting(32, "items per fine-tuning step")
-    learning_rate: float = _setting(2e-4, "of fine-tuning")
-    lora_dropout: float = _setting(0.1, "dropout on the adapters' input")
-    fields: list[str] | None = _setting(None, "attribute fields that make the text, in order; default: all")
-    max_pixels: int = _setting(256 * 256, "larger images are reduced to this area")
-    gradient_checkpointing: bool = _setting(True, "recompute activations in backward; saves memory, costs a forward")
-    pca_dim: int = _setting(768, "components kept per modality")
-    recommenders: tuple[str, ...] = _setting(
+    steps: int = setting(4000, "fine-tuning steps of each method")
+    batch_size: int = setting(32, "items per fine-tuning step")
+    learning_rate: float = setting(2e-4, "of fine-tuning")
+    lora_dropout: float = setting(0.1, "dropout on the adapters' input")
+    fields: list[str] | None = setting(None, "attribute fields that make the text, in order; default: all")
+    max_pixels: int = setting(256 * 256, "larger images are reduced to this area")
+    gradient_checkpointing: bool = setting(True, "recompute activations in backward; saves memory, costs a forward")
+    pca_dim: int = setting(768, "components kept per modality")
+    recommenders: tuple[str, ...] = setting(
         ("sasrec", "bert4rec", "gru4rec", "vbpr"), "which of sasrec, bert4rec, gru4rec, vbpr to train"
     )
-    recommend_epochs: int = _setting(60, "most epochs of a sequence model")
-    embedding_dim: int = _setting(128, "width of the recommenders' item embeddings")
-    adapter_hidden: int = _setting(768, "hidden width of the recommenders' adapter over the item vectors")
-    evaluate_every: int = _setting(1, "epochs between evaluations on validation")
-    patience: int = _setting(6, "evaluations on validation without a gain after which training ends")
-    seeds: tuple[int, ...] = _setting((0, 1, 2), "one run of every recommender per seed")
-    seed: int = _setting(0, "of the small model, fine-tuning and noise images")
-    device: str | None = _setting(None, "cpu, cuda or cuda:1; default: a GPU where there is one")
-    progress: bool = _setting(True, "show progress bars")
+    recommend_epochs: int = setting(60, "most epochs of a sequence model")
+    embedding_dim: int = setting(128, "width of the recommenders' item embeddings")
+    adapter_hidden: int = setting(768, "hidden width of the recommenders' adapter over the item vectors")
+    evaluate_every: int = setting(1, "epochs between evaluations on validation")
+    patience: int = setting(6, "evaluations on validation without a gain after which training ends")
+    seeds: tuple[int, ...] = setting((0, 1, 2), "one run of every recommender per seed")
+    seed: int = setting(0, "of the small model, fine-tuning and noise images")
+    device: str | None = setting(None, "cpu, cuda or cuda:1; default: a GPU where there is one")
+    progress: bool = setting(True, "show progress bars")
 
     def __post_init__(self) -> None:
         for method in self.methods:
