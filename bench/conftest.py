@@ -20,3 +20,12 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     }
     machine_info.clear()
     machine_info.update(kept)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Keep the figures; leave out the checkout's state and settings that say nothing about them."""
+    output_json.pop("commit_info", None)
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"] = {name: benchmark["stats"][name] for name in ("min", "median", "mean", "stddev", "rounds")}
+        benchmark.pop("options", None)
+        benchmark.pop("fullname", None)

@@ -126,8 +126,8 @@ class SharedInputGroup:
     def attach(self, parent: nn.Module) -> None:
         """Register the hooks on the module that calls the layers.
 
-        They are entered under a key of our own: the numbers that `register_forward_hook` gives out differ from module to
-        module, and torch.compile would compile every layer of a model anew for that.
+        They are entered under a key of our own: the numbers that `register_forward_hook` gives out differ from module
+        to module, and torch.compile would compile every layer of a model anew for that.
         """
         key: Any = f"sda_fast {' '.join(self.names)}"
         parent._forward_pre_hooks[key] = self.begin
