@@ -15,7 +15,7 @@ import time
 import torch
 from torch import nn
 
-from cmsa_run import resident_bytes
+from cmsa_run import resident_bytes, settled_bytes
 from sda_fast import CMSALoss, cached_contrastive_step
 
 TOKENS, WIDTH, LAYERS = 32, 128, 4
@@ -47,7 +47,7 @@ def main(B: int, chunk: int) -> None:
     encoder, loss = SmallEncoder(), CMSALoss()
     images, texts = torch.randn(B, TOKENS, WIDTH), torch.randn(B, TOKENS, WIDTH)
     step(encoder, loss, images[:4], texts[:4], 2)
-    before, start, cpu_start = resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
+    before, start, cpu_start = settled_bytes(), time.perf_counter(), time.process_time()
     value = step(encoder, loss, images, texts, chunk)
     result = {"B": B, "chunk": chunk, "loss": value, "seconds": round(time.perf_counter() - start, 2)}
     result |= {"cpu_seconds": round(time.process_time() - cpu_start, 2), "threads": torch.get_num_threads()}

@@ -137,11 +137,11 @@ class TorchTiles:
             torch.addmm(out, left, right.T, beta=beta, alpha=self._teacher_scale, out=out)
         return out
 
-    def _below(self, number: int, scores: Tensor, high: Tensor, low: Tensor, dim: int) -> Tensor:
-        """scores - (high + low) along `dim`; at most zero, also where rounding of huge scores says otherwise."""
+    def _below(self, number: int, scores: Tensor, parts: Tensor, dim: int) -> Tensor:
+        """scores - (high + low) along `dim`, parts [2, n] being high and low; at most zero, also where rounding of huge scores says otherwise."""
         out = self._buffers[number, : scores.numel()].view(scores.shape)
-        torch.sub(scores, high.unsqueeze(dim), out=out)
-        return out.sub_(low.unsqueeze(dim)).clamp_(max=0)
+        torch.sub(scores, parts[0].unsqueeze(dim), out=out)
+        return out.sub_(parts[1].unsqueeze(dim)).clamp_(max=0)
 
     def _exponentials(self, number: int, scores: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """(largest, exp2(scores - largest), their sums) along `dim`."""
@@ -197,11 +197,11 @@ class TorchTiles:
         Returns:
             [3, rows] and [3, columns] or None, float64: sum_j T_ji, sum_j T_ij, sum_j T_ij c_j.
         """
-        s_high, s_low, c_high, c_low = vectors.unbind()
+        c_high, c_low = vectors[2:]
         row_part, column_part = slice(*rows), slice(*columns)
         S = self._teacher(2, rows, columns)
-        T = self._below(3, S, s_high[row_part], s_low[row_part], 1).exp2_()
-        T_transposed = self._below(4, S, s_high[column_part], s_low[column_part], 0).exp2_()
+        T = self._below(3, S, vectors[:2, row_part], 1).exp2_()
+        T_transposed = self._below(4, S, vectors[:2, column_part], 0).exp2_()
 
         def sums(targets: Tensor, transposed: Tensor, other: slice) -> Tensor:
             by_other = torch.stack([torch.ones_like(c_high[other]), c_high[other], c_low[other]], dim=1)
@@ -221,14 +221,14 @@ class TorchTiles:
         same, other = self.form.same_weight, self.form.other_weight
         L = self._logits(0, self.x, self.y, rows, columns)
         M = self._logits(1, self.y, self.x, rows, columns)
-        P = self._below(3, L, *r[:, row_part], 1).exp2_()
-        P.addcmul_(self._below(5, L, *c[:, column_part], 0).exp2_(), q[column_part].unsqueeze(0))
-        N = self._below(4, M, *r[:, column_part], 0).exp2_()
-        N.addcmul_(self._below(5, M, *c[:, row_part], 1).exp2_(), q[row_part].unsqueeze(1))
+        P = self._below(3, L, r[:, row_part], 1).exp2_()
+        P.addcmul_(self._below(5, L, c[:, column_part], 0).exp2_(), q[column_part].unsqueeze(0))
+        N = self._below(4, M, r[:, column_part], 0).exp2_()
+        N.addcmul_(self._below(5, M, c[:, row_part], 1).exp2_(), q[row_part].unsqueeze(1))
         if self.form.soft:
             S = self._teacher(2, rows, columns)
-            T = self._below(5, S, *s[:, row_part], 1).exp2_()
-            T_transposed = self._below(6, S, *s[:, column_part], 0).exp2_()
+            T = self._below(5, S, s[:, row_part], 1).exp2_()
+            T_transposed = self._below(6, S, s[:, column_part], 0).exp2_()
             P.sub_(T, alpha=same).sub_(T_transposed, alpha=other)
             N.sub_(T_transposed, alpha=same).sub_(T, alpha=other)
         else:
