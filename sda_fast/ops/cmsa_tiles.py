@@ -138,7 +138,10 @@ class TorchTiles:
         return out
 
     def _below(self, number: int, scores: Tensor, parts: Tensor, dim: int) -> Tensor:
-        """scores - (high + low) along `dim`, parts [2, n] being high and low; at most zero, also where rounding of huge scores says otherwise."""
+        """scores - (high + low) along `dim`, parts [2, n] being high and low.
+
+        At most zero, also where rounding of huge scores says otherwise.
+        """
         out = self._buffers[number, : scores.numel()].view(scores.shape)
         torch.sub(scores, parts[0].unsqueeze(dim), out=out)
         return out.sub_(parts[1].unsqueeze(dim)).clamp_(max=0)
