@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from sda_fast.kernels.moda_backward import dx_pass, dy_pass
-from sda_fast.kernels.moda_forward import expand_add, project
+from sda_fast.kernels.moda_forward import expand_add, project, with_unit_columns
+from sda_fast.kernels.moda_gemm import gated_linear
+from sda_fast.ops import regimes
 from sda_fast.ops.moda_torch import Gradients, Member
 from sda_fast.ops.quantized import workspaces
 
@@ -34,23 +36,23 @@ def forward(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """y of every member, h of all [M, sum of R], and an empty tensor: the mask is drawn again in backward."""
     h = project(x, stacked_A(members), dropout_p=dropout, seed=seed)
-    outputs = []
-    for member in members:
-        bias = None if member.bias is None else member.bias.to(x.dtype)
-        with workspaces.guard(x.device):
-            y = torch.nn.functional.linear(x, member.decoded(x.dtype), bias)
-        ids, rows_per_id = ids_of(member, modality_ids, x.shape[0])
-        expand_add(
-            y,
-            h[:, member.ranks],
-            member.lora_B.contiguous(),
-            member.gates.contiguous(),
-            ids,
-            member.scaling,
-            rows_per_sequence=rows_per_id,
-        )
-        outputs.append(y)
+    outputs = [output_of(member, x, h[:, member.ranks], modality_ids) for member in members]
     return outputs, h, torch.empty(0, dtype=torch.uint8, device=x.device)
+
+
+def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None) -> Tensor:
+    """y = x W^T + bias + (h * G) B^T of one layer, in the way that `regimes` chooses for its shape."""
+    bias = None if member.bias is None else member.bias.to(x.dtype)
+    ids, rows_per_id = ids_of(member, modality_ids, x.shape[0])
+    update = (h, member.lora_B.contiguous(), member.gates.contiguous(), ids, member.scaling)
+    way = regimes.update_of_y(x, member.layout.out_features, h.shape[1])
+    with workspaces.guard(x.device):
+        weight = member.decoded(x.dtype)
+        if way == "accumulator":
+            x, weight = with_unit_columns(x), with_unit_columns(weight)
+            return gated_linear(x, weight, bias, *update, rows_per_sequence=rows_per_id)
+        y = torch.nn.functional.linear(x, weight, bias)
+    return expand_add(y, *update, rows_per_sequence=rows_per_id)
 
 
 def backward(

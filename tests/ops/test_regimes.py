@@ -1,0 +1,124 @@
+"""Which way y is updated, and that both ways agree; Triton's interpreter stands in where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sda_fast.kernels import moda_naive as naive
+from sda_fast.ops import regimes
+from sda_fast.ops.moda_linear import moda_linear_group
+from sda_fast.ops.regimes import Measurement, faster_way, forced_update, update_of_y
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WAYS = ("in place", "accumulator")
+CARD, BF16 = "a card", torch.bfloat16
+TABLE = (
+    Measurement(CARD, BF16, 64, 3584, 512, 8, in_place=20, accumulator=10),
+    Measurement(CARD, BF16, 8192, 3584, 512, 8, in_place=100, accumulator=110),
+    Measurement(CARD, BF16, 8192, 3584, 512, 64, in_place=100, accumulator=90),
+)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
+
+
+def outputs(dtype: torch.dtype, layout: str, weight: Tensor, x: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """A group of two layers and the gradient of x."""
+    rows, K = x.shape[0] * x.shape[1], x.shape[2]
+    ids = {"per sequence": [0, 1, 0], "per token": torch.arange(rows).view(3, -1) % 2, "one id": 1, "per row": None}
+    lists: dict[str, list[Tensor]] = {"weights": [], "lora_A": [], "lora_B": [], "gates": []}
+    for N, R, E in ((weight.shape[0], 8, 4), (weight.shape[0], 70, 2)):
+        lists["weights"].append(weight)
+        lists["lora_A"].append(normal(R, K) * K**-0.5)
+        lists["lora_B"].append(normal(N, R) * R**-0.5)
+        lists["gates"].append(torch.softmax(normal(rows if layout == "per row" else 2, E), -1))
+    x = x.detach().requires_grad_()
+    given = ids[layout].to(DEVICE) if isinstance(ids[layout], Tensor) else ids[layout]
+    y = moda_linear_group(
+        x, **lists, modality_ids=given, scalings=[2.0, 0.5], biases=[bias, None], dropout=0.25, seed=7, backend="triton"
+    )
+    return [*(part.detach() for part in y), *torch.autograd.grad(y, x, [torch.ones_like(part) for part in y])]
+
+
+@pytest.mark.parametrize("layout", ["per sequence", "per token", "one id", "per row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([BF16] if DEVICE == "cuda" else [])], ids=str)
+def test_both_ways_of_updating_y_agree(dtype: torch.dtype, layout: str) -> None:
+    x, weight = normal(3, 7, 40).to(dtype), (normal(33, 40) * 40**-0.5).to(dtype)
+    results = []
+    for way in WAYS:
+        with forced_update(way):
+            results.append(outputs(dtype, layout, weight, x, normal(33).to(dtype)))
+    # The pass in place rounds y once more than the accumulator does.
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_the_accumulator_takes_weights_and_rows_of_any_stride() -> None:
+    x, weight = normal(3, 7, 80)[..., ::2], normal(40, 33).t()
+    results = []
+    for way in WAYS:
+        with forced_update(way):
+            results.append(outputs(torch.float32, "per sequence", weight, x, None))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_forced_way_runs_the_kernel_it_names(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sda_fast.ops import moda_triton
+
+    called = []
+    for name in ("expand_add", "gated_linear"):
+        kernel = getattr(moda_triton, name)
+        monkeypatch.setattr(moda_triton, name, lambda *a, k=kernel, n=name, **o: (called.append(n), k(*a, **o))[1])
+    with forced_update(way):
+        outputs(torch.float32, "one id", normal(33, 40), normal(3, 2, 40), None)
+    assert set(called) == {"expand_add" if way == "in place" else "gated_linear"}
+
+
+def test_the_accumulator_rounds_no_worse_than_plain_pytorch() -> None:
+    x, weight, lora_A, lora_B = normal(40, 64).half(), normal(33, 64).half(), normal(8, 64) * 0.1, normal(33, 8)
+    gates = torch.softmax(normal(2, 4), -1)
+    with forced_update("accumulator"):
+        (y,) = moda_linear_group(
+            x, [weight], [lora_A], [lora_B], [gates], 1, scalings=[2.0], biases=[None], backend="triton"
+        )
+    gate = naive.naive_gate(gates, torch.ones(40, dtype=torch.int64, device=DEVICE), 2.0, 40, 8)
+    h = naive.naive_project(x, lora_A)
+    plain = naive.naive_gated_linear(x, weight, None, h, lora_B, gate)
+    doubles = (t.double() for t in (x, weight))
+    exact = naive.naive_gated_linear(*doubles, None, x.double() @ lora_A.double().t(), lora_B.double(), gate.double())
+    assert (y.double() - exact).norm() <= 1.05 * (plain.double() - exact).norm()
+
+
+@pytest.mark.parametrize(
+    ("rows", "r", "way"), [(1, 8, "accumulator"), (500, 8, "accumulator"), (9000, 8, "in place"), (32768, 64, WAYS[1])]
+)
+def test_the_nearest_measurement_decides(rows: int, r: int, way: str) -> None:
+    assert faster_way(TABLE, CARD, BF16, rows, 3584, 512, r) == way
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [("another card", BF16, 64, 3584, 512, 8), (CARD, torch.float16, 64, 3584, 512, 8), (CARD, BF16, 64, 512, 512, 8)],
+)
+def test_what_was_not_measured_takes_the_pass_in_place(shape: tuple) -> None:
+    assert faster_way(TABLE, *shape) == "in place"
+    assert faster_way(TABLE, CARD, BF16, 0, 3584, 512, 8) == "in place"
+    assert update_of_y(torch.zeros(4, 8), 8, 8) == "in place"
+
+
+def test_the_table_names_devices_and_has_positive_times() -> None:
+    for line in regimes.TABLE:
+        assert line.device and line.in_place > 0 and line.accumulator > 0
+
+
+def test_an_unknown_way_is_refused_and_a_forced_one_ends_with_its_block() -> None:
+    with pytest.raises(ValueError, match="'fused'"), forced_update("fused"):  # type: ignore[arg-type]
+        pass
+    with forced_update("accumulator"):
+        assert update_of_y(torch.zeros(4, 8), 8, 8) == "accumulator"
+    assert update_of_y(torch.zeros(4, 8), 8, 8) == "in place"
