@@ -46,6 +46,9 @@ COMMANDS = {
         "ReportConfig",
         "write_report",
     ),
+    "export": Command(
+        "write a stock LoRA, or a merged model, per modality", "sda_fast.export", "ExportConfig", "export"
+    ),
     "run": Command(
         "all of it on your own catalogue: fine-tune, embed, recommend, report",
         "sda_fast.pipeline",

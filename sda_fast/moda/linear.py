@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sda_fast.moda.adapted import apply_group
 from sda_fast.moda.config import check_sizes
 from sda_fast.moda.context import current_modality
 from sda_fast.moda.shared import SharedInput
-from sda_fast.ops.moda_linear import moda_linear_group
-from sda_fast.ops.quantized import is_4bit, layer_kind, state_of
+from sda_fast.ops.quantized import layer_kind
 
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "gate_embedding", "gate_proj")
 INITIAL_STD_OF_A = 0.01
@@ -131,41 +131,13 @@ class MoDALinear(nn.Module):
                 if y is not None:
                     return y
             modality_ids = active.resolve(self.modality_names, x.device)
-        return self.apply_group([self], x, modality_ids)[0]
-
-    @staticmethod
-    def apply_group(
-        layers: Sequence[MoDALinear], x: Tensor, modality_ids: Tensor | Sequence[int] | int
-    ) -> list[Tensor]:
-        """The outputs of layers that share x, dropout, backend and modality names, from one operation."""
-        first = layers[0]
-        return moda_linear_group(
-            x,
-            [frozen_weight(layer) for layer in layers],
-            [layer.lora_A for layer in layers],
-            [layer.lora_B for layer in layers],
-            [layer.gates() for layer in layers],
-            modality_ids,
-            scalings=[layer.scaling for layer in layers],
-            biases=[layer.bias for layer in layers],
-            dropout=first.lora_dropout if first.training else 0.0,
-            backend=first.backend,
-        )
+        return apply_group([self], x, modality_ids)[0]
 
     def extra_repr(self) -> str:
         return (
             f"r={self.r}, num_experts={self.num_experts}, num_modalities={self.num_modalities}, "
             f"scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, backend={self.backend}"
         )
-
-
-def frozen_weight(layer: MoDALinear) -> Tensor:
-    """The layer's weight; a 4-bit one that lost its quantisation state on the way finds it again in its layer."""
-    weight = layer.weight
-    if is_4bit(weight) and getattr(weight, "quant_state", None) is None:
-        weight.quant_state = getattr(layer.base_layer, "quant_state", None)  # type: ignore[attr-defined]
-        state_of(weight)
-    return weight
 
 
 def initial_values(

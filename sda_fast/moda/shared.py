@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sda_fast.moda.adapted import AdaptedLayer, apply_group
 from sda_fast.moda.context import ActiveModality
-
-if TYPE_CHECKING:
-    from sda_fast.moda.linear import MoDALinear
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +23,7 @@ logger = logging.getLogger(__name__)
 class SharedInput:
     """The outputs that the layers of one group owe each other during one forward of their parent."""
 
-    def __init__(self, layers: list[MoDALinear]) -> None:
+    def __init__(self, layers: list[AdaptedLayer]) -> None:
         self.layers = layers
         self.thread = threading.get_ident()
         self.started = False
@@ -36,7 +34,7 @@ class SharedInput:
         self.active: ActiveModality | None = None
         self.grad_enabled = False
 
-    def take(self, layer: MoDALinear, x: Tensor, active: ActiveModality) -> Tensor | None:
+    def take(self, layer: AdaptedLayer, x: Tensor, active: ActiveModality) -> Tensor | None:
         """The layer's output for x, or None if it has to compute it alone."""
         if threading.get_ident() != self.thread:
             return None
@@ -70,7 +68,7 @@ class SharedInput:
     def compute(self, x: Tensor, active: ActiveModality) -> None:
         first = self.layers[0]
         ids = active.resolve(first.modality_names, x.device)
-        self.outputs = list(first.apply_group(self.layers, x, ids))
+        self.outputs = list(apply_group(self.layers, x, ids))
         self.x, self.active, self.grad_enabled = x, active, torch.is_grad_enabled()
         self.version = version_of(x)
 

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from sda_fast import MoDAConfig, adapt_model
+from sda_fast.moda import adapted
 from sda_fast.moda.inject import named_moda_layers
 
 TEXT = {
@@ -77,20 +78,22 @@ def test_the_decoder_is_adapted_whole_with_its_groups_and_nothing_else(family: s
     assert "sda_fast q_proj k_proj v_proj" in attention._forward_hooks
 
 
-def test_a_decoder_layer_computes_its_groups_once_and_gives_the_same_result() -> None:
+def test_a_decoder_layer_computes_its_groups_once_and_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).eval()
     tokens = torch.randint(0, 64, (2, 5))
     expected = model(tokens).logits
     adapt_model(model, MoDAConfig())
     served: list[int] = []
-    from sda_fast import MoDALinear, modality
+    from sda_fast import modality
 
-    original = MoDALinear.apply_group
-    MoDALinear.apply_group = staticmethod(lambda *given: served.append(len(given[0])) or original(*given))  # type: ignore
-    try:
-        with modality("image"), torch.no_grad():
-            torch.testing.assert_close(model(tokens).logits, expected)
-    finally:
-        MoDALinear.apply_group = staticmethod(original)  # type: ignore[method-assign]
+    original = adapted.moda_linear_group
+
+    def counted(x: torch.Tensor, weights: list[torch.Tensor], *others: object, **options: object) -> list[torch.Tensor]:
+        served.append(len(weights))
+        return original(x, weights, *others, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(adapted, "moda_linear_group", counted)
+    with modality("image"), torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, expected)
     assert served == [3, 1, 2, 1] * 3

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sda_fast import MoDAConfig, MoDALinear, adapt_model, load_adapter, modality, save_adapter
+from sda_fast import MoDAConfig, adapt_model, load_adapter, modality, save_adapter
+from sda_fast.moda import adapted as adapted_layers
 from sda_fast.moda.inject import moda_parameters, named_moda_layers, named_moda_parameters
 from sda_fast.moda.save import AdapterMismatchError
 
@@ -124,13 +125,13 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each operation served."""
     sizes: list[int] = []
-    original = MoDALinear.apply_group
+    original = adapted_layers.moda_linear_group
 
-    def counted(layers: list[MoDALinear], x: Tensor, ids: object) -> list[Tensor]:
-        sizes.append(len(layers))
-        return original(layers, x, ids)  # type: ignore[arg-type]
+    def counted(x: Tensor, weights: list[Tensor], *others: object, **options: object) -> list[Tensor]:
+        sizes.append(len(weights))
+        return original(x, weights, *others, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(MoDALinear, "apply_group", staticmethod(counted))
+    monkeypatch.setattr(adapted_layers, "moda_linear_group", counted)
     return sizes
 
 
