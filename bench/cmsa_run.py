@@ -55,7 +55,7 @@ def settled_bytes() -> int:
 
 
 def vectors(B: int, D: int):
-    """Image vectors that resemble their text vectors, short enough for the targets to be soft."""
+    """Image vectors that resemble their text vectors, short enough that no exponential underflows."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(B, D, generator=generator)
     x, y = ((shared + 2 * torch.randn(B, D, generator=generator)) / 8 for _ in range(2))
