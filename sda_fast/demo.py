@@ -14,6 +14,9 @@ from sda_fast.pipeline import PipelineConfig, StageClock, run_pipeline
 
 logger = logging.getLogger(__name__)
 
+IMAGE_SIDE = 84
+"""The small model is pre-trained on pictures of this size."""
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -23,7 +26,7 @@ class DemoConfig:
     num_items: int = setting(600, "items of the generated catalogue")
     num_users: int = setting(1500, "simulated users")
     pretrain_steps: int = setting(300, "captioning steps of the small model")
-    steps: int = setting(300, "fine-tuning steps of each method")
+    steps: int = setting(160, "fine-tuning steps of each method")
     batch_size: int = setting(32, "items per fine-tuning step")
     learning_rate: float = setting(1e-3, "of fine-tuning")
     recommenders: tuple[str, ...] = setting(("sasrec", "vbpr"), "which of sasrec, bert4rec, gru4rec, vbpr to train")
@@ -55,6 +58,7 @@ def run_demo(config: DemoConfig) -> Path:
             steps=config.steps,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
+            max_pixels=IMAGE_SIDE * IMAGE_SIDE,
             gradient_checkpointing=False,
             pca_dim=64,
             embedding_dim=64,
