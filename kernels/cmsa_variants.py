@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sda_fast.kernels import cmsa
+from sda_fast.kernels import cmsa, cmsa_device
 from sda_fast.kernels.gate import KernelVariant
 
 B, D = 65536, 3584
@@ -63,7 +63,7 @@ def statistics(type_name: str, *, soft: bool, row_normalized: bool, two_sided: b
     words = ["soft" if soft else "hard", *["row-normalised"] * row_normalized, *["two-sided"] * two_sided]
     return _variant(
         "statistics " + " ".join(words),
-        cmsa.statistics_kernel,
+        cmsa_device.statistics_kernel,
         config,
         type_name,
         {"for_rows_ptr": "*fp32", **({"for_columns_ptr": "*fp32"} if two_sided else {})},
@@ -83,7 +83,7 @@ def target_sums(type_name: str) -> KernelVariant:
     config = cmsa.CONFIGS["target_sums", SIZES[type_name]]
     return _variant(
         "target sums two-sided",
-        cmsa.target_sums_kernel,
+        cmsa_device.target_sums_kernel,
         config,
         type_name,
         {"vectors_ptr": "*fp32", "for_rows_ptr": "*fp32", "for_columns_ptr": "*fp32"},
@@ -104,7 +104,7 @@ def gradients(
     words += [*["detached"] * (soft and not through_teacher), *["two-sided"] * two_sided]
     return _variant(
         "gradients " + " ".join(words),
-        cmsa.gradients_kernel,
+        cmsa_device.gradients_kernel,
         config,
         type_name,
         {

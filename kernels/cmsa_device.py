@@ -1,0 +1,409 @@
+"""Device code of CMSA and InfoNCE: statistics, target sums and gradient tiles of rows against columns.
+
+For items i among the rows and j among the columns a program forms L_ij = x_i y_j / tau, L_ji and the teacher
+S_ij = tau/2 (x_i x_j + y_i y_j) from one pass over the dimensions: four loads feed four products. Logits, scores and
+log-sum-exps are in bits (times log2 e). Every reduction is in two stages: a program leaves its part, the caller adds.
+Sizes: B items, D dimensions; a launch covers `rows` x `columns`, two spans of items.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NATS_PER_BIT = tl.constexpr(0.6931471805599453)
+BITS_PER_NAT = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(ptr, items, item_mask, dimensions, D, stride_item, stride_dimension):
+    """[items, dimensions] of the embeddings, zero outside."""
+    ptrs = ptr + items.to(tl.int64)[:, None] * stride_item + dimensions.to(tl.int64)[None, :] * stride_dimension
+    return tl.load(ptrs, mask=item_mask[:, None] & (dimensions < D)[None, :], other=0.0)
+
+
+@triton.jit
+def product_tiles(
+    x_ptr,
+    y_ptr,
+    rows,
+    row_mask,
+    columns,
+    column_mask,
+    D,
+    stride_x_item,
+    stride_x_dimension,
+    stride_y_item,
+    stride_y_dimension,
+    WITH_LOGITS: tl.constexpr,
+    WITH_TEACHER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """x_i y_j, y_i x_j and x_i x_j + y_i y_j in float32; those not asked for stay zero."""
+    logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    transposed_logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    teacher = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for first in range(0, D, BLOCK_D):
+        dimensions = first + tl.arange(0, BLOCK_D)
+        x_rows = load_tile(x_ptr, rows, row_mask, dimensions, D, stride_x_item, stride_x_dimension)
+        y_rows = load_tile(y_ptr, rows, row_mask, dimensions, D, stride_y_item, stride_y_dimension)
+        x_columns = load_tile(x_ptr, columns, column_mask, dimensions, D, stride_x_item, stride_x_dimension)
+        y_columns = load_tile(y_ptr, columns, column_mask, dimensions, D, stride_y_item, stride_y_dimension)
+        if WITH_LOGITS:
+            logits = tl.dot(x_rows, tl.trans(y_columns), logits, input_precision="tf32x3")
+            transposed_logits = tl.dot(y_rows, tl.trans(x_columns), transposed_logits, input_precision="tf32x3")
+        if WITH_TEACHER:
+            teacher = tl.dot(x_rows, tl.trans(x_columns), teacher, input_precision="tf32x3")
+            teacher = tl.dot(y_rows, tl.trans(y_columns), teacher, input_precision="tf32x3")
+    return logits, transposed_logits, teacher
+
+
+@triton.jit
+def softmax_parts(scores, AXIS: tl.constexpr):
+    """(largest, exp2(scores - largest), their sums) along an axis; -inf marks what does not count."""
+    largest = tl.max(scores, AXIS)
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    exponentials = tl.exp2(scores - tl.expand_dims(shift, AXIS))
+    sums = tl.sum(exponentials, AXIS)
+    return shift, exponentials, sums
+
+
+@triton.jit
+def store_statistics(
+    out_ptr,
+    part,
+    local,
+    local_mask,
+    length,
+    own_logits,
+    other_logits,
+    teacher,
+    mask,
+    on_diagonal,
+    AXIS: tl.constexpr,
+    SOFT: tl.constexpr,
+    ROW_NORMALIZED: tl.constexpr,
+):
+    """Reduce one tile along an axis and leave part `part` of [parts, 7, length]; see `statistics`."""
+    out_ptrs = out_ptr + part.to(tl.int64) * 7 * length + local
+    own_largest, _, own_sums = softmax_parts(tl.where(mask, own_logits, float("-inf")), AXIS)
+    other_largest, _, other_sums = softmax_parts(tl.where(mask, other_logits, float("-inf")), AXIS)
+    tl.store(out_ptrs, own_largest, mask=local_mask)
+    tl.store(out_ptrs + length, own_sums, mask=local_mask)
+    tl.store(out_ptrs + 2 * length, other_largest, mask=local_mask)
+    tl.store(out_ptrs + 3 * length, other_sums, mask=local_mask)
+    if SOFT:
+        largest, exponentials, sums = softmax_parts(tl.where(mask, teacher, float("-inf")), AXIS)
+        tl.store(out_ptrs + 4 * length, largest, mask=local_mask)
+        tl.store(out_ptrs + 5 * length, sums, mask=local_mask)
+        relative = own_logits - tl.expand_dims(own_largest, AXIS)
+        if ROW_NORMALIZED:
+            relative += other_logits - tl.expand_dims(other_largest, AXIS)
+        target_logits = tl.sum(exponentials * relative, AXIS) / sums
+    else:
+        target_logits = tl.sum(tl.where(on_diagonal, 2.0 * own_logits, 0.0), AXIS)
+    tl.store(out_ptrs + 6 * length, target_logits, mask=local_mask)
+
+
+@triton.jit
+def statistics_kernel(
+    x_ptr,
+    y_ptr,
+    temperature_ptr,
+    for_rows_ptr,
+    for_columns_ptr,
+    first_row,
+    rows_count,
+    first_column,
+    columns_count,
+    D,
+    stride_x_item,
+    stride_x_dimension,
+    stride_y_item,
+    stride_y_dimension,
+    SOFT: tl.constexpr,
+    ROW_NORMALIZED: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_block = tl.program_id(0)
+    column_block = tl.program_id(1)
+    local_rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    local_columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = local_rows < rows_count
+    column_mask = local_columns < columns_count
+    rows = first_row + local_rows
+    columns = first_column + local_columns
+    logits, transposed_logits, teacher = product_tiles(
+        x_ptr,
+        y_ptr,
+        rows,
+        row_mask,
+        columns,
+        column_mask,
+        D,
+        stride_x_item,
+        stride_x_dimension,
+        stride_y_item,
+        stride_y_dimension,
+        True,
+        SOFT,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_D,
+    )
+    temperature = tl.load(temperature_ptr)
+    logits *= BITS_PER_NAT / temperature
+    transposed_logits *= BITS_PER_NAT / temperature
+    teacher *= temperature * (0.5 * BITS_PER_NAT)
+    mask = row_mask[:, None] & column_mask[None, :]
+    on_diagonal = mask & (rows[:, None] == columns[None, :])
+    store_statistics(
+        for_rows_ptr,
+        column_block,
+        local_rows,
+        row_mask,
+        rows_count,
+        logits,
+        transposed_logits,
+        teacher,
+        mask,
+        on_diagonal,
+        1,
+        SOFT,
+        ROW_NORMALIZED,
+    )
+    if TWO_SIDED:
+        store_statistics(
+            for_columns_ptr,
+            row_block,
+            local_columns,
+            column_mask,
+            columns_count,
+            transposed_logits,
+            logits,
+            teacher,
+            mask,
+            on_diagonal,
+            0,
+            SOFT,
+            ROW_NORMALIZED,
+        )
+
+
+@triton.jit
+def below(scores, high, low):
+    """scores - (high + low), at most zero where rounding of huge scores says otherwise; NaN is kept."""
+    difference = (scores - high) - low
+    return tl.where(difference > 0, 0.0, difference)
+
+
+@triton.jit
+def target_sums_kernel(
+    x_ptr,
+    y_ptr,
+    temperature_ptr,
+    vectors_ptr,
+    for_rows_ptr,
+    for_columns_ptr,
+    items_count,
+    first_row,
+    rows_count,
+    first_column,
+    columns_count,
+    D,
+    stride_x_item,
+    stride_x_dimension,
+    stride_y_item,
+    stride_y_dimension,
+    TWO_SIDED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_block = tl.program_id(0)
+    column_block = tl.program_id(1)
+    local_rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    local_columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = local_rows < rows_count
+    column_mask = local_columns < columns_count
+    rows = first_row + local_rows
+    columns = first_column + local_columns
+    _, _, teacher = product_tiles(
+        x_ptr,
+        y_ptr,
+        rows,
+        row_mask,
+        columns,
+        column_mask,
+        D,
+        stride_x_item,
+        stride_x_dimension,
+        stride_y_item,
+        stride_y_dimension,
+        False,
+        True,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_D,
+    )
+    teacher *= tl.load(temperature_ptr) * (0.5 * BITS_PER_NAT)
+    mask = row_mask[:, None] & column_mask[None, :]
+    row_vectors = vectors_ptr + rows
+    column_vectors = vectors_ptr + columns
+    s_rows = tl.load(row_vectors, mask=row_mask, other=0.0)[:, None]
+    s_rows_low = tl.load(row_vectors + items_count, mask=row_mask, other=0.0)[:, None]
+    s_columns = tl.load(column_vectors, mask=column_mask, other=0.0)[None, :]
+    s_columns_low = tl.load(column_vectors + items_count, mask=column_mask, other=0.0)[None, :]
+    c_columns = tl.load(column_vectors + 2 * items_count, mask=column_mask, other=0.0)[None, :]
+    c_columns_low = tl.load(column_vectors + 3 * items_count, mask=column_mask, other=0.0)[None, :]
+    targets = tl.where(mask, tl.exp2(below(teacher, s_rows, s_rows_low)), 0.0)
+    transposed_targets = tl.where(mask, tl.exp2(below(teacher, s_columns, s_columns_low)), 0.0)
+    row_ptrs = for_rows_ptr + column_block.to(tl.int64) * 4 * rows_count + local_rows
+    tl.store(row_ptrs, tl.sum(transposed_targets, 1), mask=row_mask)
+    tl.store(row_ptrs + rows_count, tl.sum(targets, 1), mask=row_mask)
+    tl.store(row_ptrs + 2 * rows_count, tl.sum(targets * c_columns, 1), mask=row_mask)
+    tl.store(row_ptrs + 3 * rows_count, tl.sum(targets * c_columns_low, 1), mask=row_mask)
+    if TWO_SIDED:
+        c_rows = tl.load(row_vectors + 2 * items_count, mask=row_mask, other=0.0)[:, None]
+        c_rows_low = tl.load(row_vectors + 3 * items_count, mask=row_mask, other=0.0)[:, None]
+        column_ptrs = for_columns_ptr + row_block.to(tl.int64) * 4 * columns_count + local_columns
+        tl.store(column_ptrs, tl.sum(targets, 0), mask=column_mask)
+        tl.store(column_ptrs + columns_count, tl.sum(transposed_targets, 0), mask=column_mask)
+        tl.store(column_ptrs + 2 * columns_count, tl.sum(transposed_targets * c_rows, 0), mask=column_mask)
+        tl.store(column_ptrs + 3 * columns_count, tl.sum(transposed_targets * c_rows_low, 0), mask=column_mask)
+
+
+@triton.jit
+def gradients_kernel(
+    x_ptr,
+    y_ptr,
+    temperature_ptr,
+    statistics_ptr,
+    logits_gradient_ptr,
+    transposed_gradient_ptr,
+    teacher_gradient_ptr,
+    temperature_parts_ptr,
+    items_count,
+    first_row,
+    rows_count,
+    first_column,
+    columns_count,
+    D,
+    stride_x_item,
+    stride_x_dimension,
+    stride_y_item,
+    stride_y_dimension,
+    SOFT: tl.constexpr,
+    ROW_NORMALIZED: tl.constexpr,
+    THROUGH_TEACHER: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_block = tl.program_id(0)
+    column_block = tl.program_id(1)
+    local_rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    local_columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = local_rows < rows_count
+    column_mask = local_columns < columns_count
+    rows = first_row + local_rows
+    columns = first_column + local_columns
+    logits, transposed_logits, teacher = product_tiles(
+        x_ptr,
+        y_ptr,
+        rows,
+        row_mask,
+        columns,
+        column_mask,
+        D,
+        stride_x_item,
+        stride_x_dimension,
+        stride_y_item,
+        stride_y_dimension,
+        True,
+        SOFT,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_D,
+    )
+    temperature = tl.load(temperature_ptr)
+    logits *= BITS_PER_NAT / temperature
+    transposed_logits *= BITS_PER_NAT / temperature
+    teacher *= temperature * (0.5 * BITS_PER_NAT)
+    mask = row_mask[:, None] & column_mask[None, :]
+
+    row_stats = statistics_ptr + rows
+    column_stats = statistics_ptr + columns
+    r_rows = tl.load(row_stats, mask=row_mask, other=0.0)[:, None]
+    r_rows_low = tl.load(row_stats + items_count, mask=row_mask, other=0.0)[:, None]
+    r_columns = tl.load(column_stats, mask=column_mask, other=0.0)[None, :]
+    r_columns_low = tl.load(column_stats + items_count, mask=column_mask, other=0.0)[None, :]
+    c_rows = tl.load(row_stats + 2 * items_count, mask=row_mask, other=0.0)[:, None]
+    c_rows_low = tl.load(row_stats + 3 * items_count, mask=row_mask, other=0.0)[:, None]
+    c_columns = tl.load(column_stats + 2 * items_count, mask=column_mask, other=0.0)[None, :]
+    c_columns_low = tl.load(column_stats + 3 * items_count, mask=column_mask, other=0.0)[None, :]
+    q_rows = tl.load(row_stats + 10 * items_count, mask=row_mask, other=0.0)[:, None]
+    q_columns = tl.load(column_stats + 10 * items_count, mask=column_mask, other=0.0)[None, :]
+    d_logits = tl.exp2(below(logits, r_rows, r_rows_low))
+    d_logits += q_columns * tl.exp2(below(logits, c_columns, c_columns_low))
+    d_transposed = tl.exp2(below(transposed_logits, r_columns, r_columns_low))
+    d_transposed += q_rows * tl.exp2(below(transposed_logits, c_rows, c_rows_low))
+    if SOFT:
+        s_rows = tl.load(row_stats + 4 * items_count, mask=row_mask, other=0.0)[:, None]
+        s_rows_low = tl.load(row_stats + 5 * items_count, mask=row_mask, other=0.0)[:, None]
+        s_columns = tl.load(column_stats + 4 * items_count, mask=column_mask, other=0.0)[None, :]
+        s_columns_low = tl.load(column_stats + 5 * items_count, mask=column_mask, other=0.0)[None, :]
+        targets = tl.where(mask, tl.exp2(below(teacher, s_rows, s_rows_low)), 0.0)
+        transposed_targets = tl.where(mask, tl.exp2(below(teacher, s_columns, s_columns_low)), 0.0)
+        if ROW_NORMALIZED:
+            d_logits -= targets + transposed_targets
+            d_transposed -= targets + transposed_targets
+        else:
+            d_logits -= 2.0 * targets
+            d_transposed -= 2.0 * transposed_targets
+    else:
+        on_diagonal = rows[:, None] == columns[None, :]
+        d_logits -= tl.where(on_diagonal, 2.0, 0.0)
+        d_transposed -= tl.where(on_diagonal, 2.0, 0.0)
+    d_logits = tl.where(mask, d_logits, 0.0)
+    d_transposed = tl.where(mask, d_transposed, 0.0)
+
+    tile_offsets = local_rows.to(tl.int64)[:, None] * columns_count + local_columns[None, :]
+    d_temperature = -tl.sum(d_logits * logits)
+    if TWO_SIDED:
+        d_temperature -= tl.sum(d_transposed * transposed_logits)
+    d_logits /= temperature
+    d_transposed /= temperature
+    tl.store(logits_gradient_ptr + tile_offsets, d_logits.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
+    tl.store(transposed_gradient_ptr + tile_offsets, d_transposed.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
+    if THROUGH_TEACHER:
+        h_rows = tl.load(row_stats + 6 * items_count, mask=row_mask, other=0.0)[:, None]
+        h_rows_low = tl.load(row_stats + 7 * items_count, mask=row_mask, other=0.0)[:, None]
+        h_columns = tl.load(column_stats + 6 * items_count, mask=column_mask, other=0.0)[None, :]
+        h_columns_low = tl.load(column_stats + 7 * items_count, mask=column_mask, other=0.0)[None, :]
+        # differences come first: an item certain of its target gets exactly zero
+        if ROW_NORMALIZED:
+            both = logits + transposed_logits
+            d_targets = (2.0 * h_rows - both) + 2.0 * h_rows_low
+            d_transposed_targets = (2.0 * h_columns - both) + 2.0 * h_columns_low
+        else:
+            t_rows = tl.load(row_stats + 8 * items_count, mask=row_mask, other=0.0)[:, None]
+            t_rows_low = tl.load(row_stats + 9 * items_count, mask=row_mask, other=0.0)[:, None]
+            t_columns = tl.load(column_stats + 8 * items_count, mask=column_mask, other=0.0)[None, :]
+            t_columns_low = tl.load(column_stats + 9 * items_count, mask=column_mask, other=0.0)[None, :]
+            d_targets = (c_columns - t_rows) + (c_columns_low - t_rows_low)
+            d_targets -= 2.0 * ((logits - h_rows) - h_rows_low)
+            d_transposed_targets = (c_rows - t_columns) + (c_rows_low - t_columns_low)
+            d_transposed_targets -= 2.0 * ((transposed_logits - h_columns) - h_columns_low)
+        d_teacher = targets * d_targets + transposed_targets * d_transposed_targets
+        d_temperature += tl.sum(d_teacher * teacher) * (NATS_PER_BIT if TWO_SIDED else 0.5 * NATS_PER_BIT)
+        d_teacher *= temperature * (0.5 * NATS_PER_BIT)
+        tl.store(teacher_gradient_ptr + tile_offsets, d_teacher.to(teacher_gradient_ptr.dtype.element_ty), mask=mask)
+    part = row_block * tl.num_programs(1) + column_block
+    tl.store(temperature_parts_ptr + part, d_temperature * NATS_PER_BIT)
