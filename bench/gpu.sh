@@ -39,12 +39,13 @@ if [ -n "$sanitizer" ]; then
 else
     summary+=("memcheck     not run: compute-sanitizer is not installed")
 fi
-step speed 60 "$python" bench/kernel_speed.py --out "$results/kernel_speed.json"
-if [ -f bench/layers.py ]; then
-    step layers 80 "$python" bench/layers.py --out "$results/layers.json"
-    cat "$results/layers.log"
-fi
-cat "$results/speed.log"
+step speed 45 "$python" bench/kernel_speed.py --out "$results/kernel_speed.json"
+step regimes 25 "$python" bench/regime_speed.py --quick
+# A compilation takes as long as measuring three cases.
+step layers 75 "$python" -m sda_fast.cli bench --device cuda --seconds 0.5 --limit 50 --compile-cases 1 --no-picture \
+    --output "$results"
+cat "$results/regimes.log" "$results/speed.log"
+sed -n '/^summary/,$p' "$results/layers.log"
 echo
 printf '%s\n' "${summary[@]}"
 [[ "${summary[*]}" != *FAILED* && "${summary[*]}" != *"out of time"* ]]

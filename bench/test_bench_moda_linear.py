@@ -1,27 +1,35 @@
-"""One adapted layer, forward and backward in bfloat16 on a CPU: ours beside the frozen layer and three other ways.
+"""One adapted layer, ours and every other way, under pytest-benchmark, over the table in `cases`.
 
-    python -m pytest bench/test_bench_moda_linear.py --benchmark-sort=min --benchmark-json=bench/results/moda-cpu.json
+    python -m pytest bench/test_bench_moda_linear.py -k "small and forward" --benchmark-sort=median
 
-Times are processor time on one thread, which a busy machine disturbs least. A contestant is timed only once its result
-has been compared with float64. Extra columns of the JSON: `bytes_kept_per_x`, what it keeps for backward beside weights
-in units of x, and `error`, its relative error.
+`sda-fast bench` measures the same cases with the contestants taking turns, which a busy machine disturbs less, and
+writes the results file; here they run one after the other. On a CPU times are processor time on one thread. A
+contestant is timed only once its outputs and gradients have passed their check. SDA_FAST_BENCH=full takes the whole
+table. Extra columns of the JSON: `error`, `peak_bytes` and `bytes_kept_per_x`.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import time
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from baselines.moda_layers import CONTESTANTS, Settings, initial_adapter
+from baselines.moda_layers import METHODS
+from cases import Case, cases
+from check_layers import Checker, build
+from layers import MODES, inputs_of, step_of
+from measure import bytes_kept, peak_bytes
 
-ROWS = 1024
-CASES = [
-    pytest.param(Settings(3584, 3584, dropout=dropout), id=f"3584 to 3584, dropout {dropout}") for dropout in (0.0, 0.1)
-] + [pytest.param(Settings(3584, 512, dropout=dropout), id=f"3584 to 512, dropout {dropout}") for dropout in (0.0, 0.1)]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = cases(
+    DEVICE.type,
+    quick=os.environ.get("SDA_FAST_BENCH") != "full",
+    four_bit=importlib.util.find_spec("bitsandbytes") is not None,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,62 +40,37 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def bytes_kept(layer: nn.Module, x: Tensor) -> int:
-    """What forward keeps for backward, each storage once, parameters and what is cast from them excepted."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    return sum(kept.values())
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def checker(request: pytest.FixtureRequest) -> Checker:
+    torch.compiler.reset()
+    case: Case = request.param
+    x, dy = inputs_of(case)
+    return Checker(case, case.settings.base_layer(), x, dy)
 
 
-def relative_error(layer: nn.Module, x: Tensor, settings: Settings, name: str) -> float:
-    """Against float64, in evaluation; the gate is read from the layer."""
-    exact = x.detach().double() @ settings.base_layer().weight.double().t()
-    if name != "frozen layer":
-        lora_A, lora_B = (matrix.double() for matrix in initial_adapter(settings))
-        h = x.detach().double() @ lora_A.t() * (settings.lora_alpha / settings.r)
-        exact = exact + (h * gate_of_ranks(layer, settings)) @ lora_B.t()
-    layer.eval()
-    error = (layer(x).detach().double() - exact).norm() / exact.norm()
-    layer.train()
-    return float(error)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.benchmark(
+    timer=time.process_time if DEVICE.type == "cpu" else time.perf_counter, min_rounds=5, max_time=2.0, warmup=True,
+    warmup_iterations=1,
+)  # fmt: skip
+def test_layer(benchmark, checker: Checker, name: str, mode: str) -> None:
+    settings = checker.case.settings
+    reason = METHODS[name].reason_not_to(settings)
+    if reason is not None:
+        pytest.skip(reason)
+    verdict = checker.judge(name)
+    assert not verdict.fault, "a wrong answer has no speed"
+    layer = build(METHODS[name], settings, checker.base_layer).layer
+    step = step_of(layer, checker.x, checker.dy, mode)
 
+    def finished_step() -> None:
+        step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
 
-def gate_of_ranks(layer: nn.Module, settings: Settings) -> Tensor:
-    """The gate of modality 0 for every rank; ones for LoRA, which has none."""
-    if hasattr(layer, "layer"):
-        gates = layer.layer.gates()[0]
-    elif hasattr(layer, "gate_proj"):
-        gates = torch.softmax(layer.gate_proj(layer.gate_embedding.weight), dim=-1)[0]
-    else:
-        return torch.ones(settings.r, dtype=torch.float64)
-    return gates.detach().double().repeat_interleave(settings.r // settings.num_experts)
-
-
-@pytest.mark.parametrize("name", CONTESTANTS)
-@pytest.mark.parametrize("settings", CASES)
-@pytest.mark.benchmark(timer=time.process_time, min_rounds=5, max_time=2.0, warmup=True, warmup_iterations=1)
-def test_forward_and_backward(benchmark, name: str, settings: Settings, request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(0)
-    layer = CONTESTANTS[name](settings).train()
-    x = torch.randn(ROWS, settings.in_features).to(settings.dtype).requires_grad_()
-    dy = torch.randn(ROWS, settings.out_features).to(settings.dtype)
-    benchmark.group = request.node.callspec.id.removesuffix(f"-{name}")
-    benchmark.extra_info["error"] = relative_error(layer, x, settings, name)
-    assert benchmark.extra_info["error"] < 2**-7
-    benchmark.extra_info["bytes_kept_per_x"] = round(bytes_kept(layer, x) / x.nbytes, 3)
-
-    def step() -> None:
-        x.grad = None
-        layer.zero_grad()
-        layer(x).backward(dy)
-
-    benchmark(step)
+    benchmark.group = f"{checker.case}, {mode}"
+    benchmark.extra_info["error"] = verdict.error
+    benchmark(finished_step)
+    benchmark.extra_info["peak_bytes"] = peak_bytes(step, DEVICE)
+    benchmark.extra_info["bytes_kept_per_x"] = round(bytes_kept(layer, checker.x) / checker.x.nbytes, 3)

@@ -64,6 +64,12 @@ COMMANDS = {
         "GateConfig",
         "run_gate",
     ),
+    "bench": Command(
+        "time one adapted layer beside the frozen layer, PEFT's LoRA and a loop over experts",
+        "sda_fast.bench_command",
+        "BenchConfig",
+        "run_bench",
+    ),
     "generate": Command("write a synthetic catalogue", "sda_fast.data.convert", "GenerateConfig", "generate"),
     "convert": Command(
         "turn Amazon or MovieLens files into a catalogue", "sda_fast.data.convert", "ConvertConfig", "convert"

@@ -1,0 +1,227 @@
+"""Measure one adapted layer, ours beside the frozen layer and every other way, over the table in `cases`.
+
+`sda-fast bench` calls `run`. Per case and method: check first (`check_layers`), then times of all methods in turns
+(`measure`), peak memory and bytes kept. What fails its check, or cannot run, has a reason in place of figures.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import platform
+import re
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tables
+from baselines.moda_layers import COMPILED, FROZEN, METHODS, OURS, PEFT, Contestant
+from cases import Case, cases
+from check_layers import Checker, build
+from measure import PERCENTILES, Step, bytes_kept, peak_bytes, percentile, ratio, time_in_turns
+from sda_fast.data.atomic import write_json_atomic
+
+logger = logging.getLogger(__name__)
+
+MODES = ("forward", "forward + backward")
+PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "unsloth")
+FIRST_ROUNDS = 30
+Record = dict[str, Any]
+
+
+def run(config: Any) -> str:
+    """Measure, write the device's results file after every case, and return the table as text; see `BenchConfig`."""
+    device = torch.device(chosen_device(config.device))
+    four_bit = importlib.util.find_spec("bitsandbytes") is not None
+    table = cases(device.type, quick=config.quick, layers=config.layers, four_bit=four_bit)
+    path = config.output / f"moda-{slug(device_name(device)) if device.type == 'cuda' else 'cpu'}.json"
+    document = {
+        "device": device_name(device),
+        "kind": device.type,
+        "versions": versions(),
+        "command": config.command,
+        "timer": "processor time, 1 thread" if device.type == "cpu" else "time between events, cache cleared before",
+        "percentiles": list(PERCENTILES),
+        "not_run": reasons_for_all(table, config.methods),
+        "records": [],
+    }
+    started = time.perf_counter()
+    with one_thread_on_a_cpu(device):
+        for number, entry in enumerate(table, start=1):
+            if time.perf_counter() - started > config.limit:
+                records = [described(entry) | {"method": OURS, "reason": "not measured, out of time"}]
+            else:
+                logger.info("case %d of %d: %s", number, len(table), entry)
+                compiles = config.compile_cases is None or number <= config.compile_cases
+                records = measure_case(entry, config.methods, config.seconds, compiles=compiles)
+            document["records"] += records
+            write_json_atomic(path, document)
+    return tables.as_text(document)
+
+
+def measure_case(
+    case: Case, methods: Sequence[str] = (), seconds: float = 4.0, *, compiles: bool = True
+) -> list[Record]:
+    """The records of one case: one per mode and method, or one with a reason.
+
+    Args:
+        methods: names in `METHODS`; all if empty.
+        seconds: roughly how long each mode is timed for.
+        compiles: whether what needs torch.compile takes part.
+    """
+    settings, device = case.settings, torch.device(case.settings.device)
+    torch.compiler.reset()
+    x, dy = inputs_of(case)
+    base_layer = settings.base_layer()
+    checker = Checker(case, base_layer, x, dy)
+    contestants: dict[str, Contestant] = {}
+    errors: dict[str, float] = {}
+    records = []
+    for name, method in METHODS.items():
+        if methods and name not in methods:
+            continue
+        reason = method.reason_not_to(settings)
+        if name == COMPILED and not compiles:
+            reason = "not compiled for this case"
+        if reason is None:
+            try:
+                verdict = checker.judge(name)
+            except Exception as error:
+                # A baseline that breaks on this machine is reported; ours must not break.
+                if name == OURS and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            else:
+                errors[name] = verdict.error
+                reason = f"not timed: {verdict.fault}" if verdict.fault else None
+        if reason is None:
+            contestants[name] = build(method, settings, base_layer)
+        else:
+            records.append(described(case) | {"method": name, "reason": reason})
+    del checker
+    for mode in MODES:
+        steps = {name: step_of(contestant.layer, x, dy, mode) for name, contestant in contestants.items()}
+        times = time_in_turns(steps, device, rounds=FIRST_ROUNDS, seconds=seconds)
+        for name, values in times.items():
+            record = described(case) | {"mode": mode, "method": name, "error": errors[name], "rounds": len(values)}
+            record["milliseconds"] = [round(1e3 * percentile(values, p), 4) for p in PERCENTILES]
+            for key, other in (("to_frozen", FROZEN), ("to_peft", PEFT)):
+                record[key] = round(ratio(values, times[other]), 3) if other in times else None
+            record["peak_bytes"] = peak_bytes(steps[name], device)
+            if mode != "forward":
+                record["bytes_kept_per_x"] = round(bytes_kept(contestants[name].layer, x) / x.nbytes, 3)
+            records.append(record)
+    return records
+
+
+def inputs_of(case: Case) -> tuple[Tensor, Tensor]:
+    """x, which requires its gradient, and dy."""
+    settings, generator = case.settings, torch.Generator().manual_seed(2)
+    x, dy = (
+        torch.randn(case.rows, features, generator=generator).to(settings.device, settings.dtype)
+        for features in (settings.in_features, settings.out_features)
+    )
+    return x.requires_grad_(), dy
+
+
+def step_of(layer: nn.Module, x: Tensor, dy: Tensor, mode: str) -> Step:
+    """One step of a mode; dropout is on in both."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    def forward_and_backward() -> None:
+        x.grad = None
+        layer.zero_grad()
+        layer(x).backward(dy)
+
+    return forward if mode == "forward" else forward_and_backward
+
+
+def described(case: Case) -> Record:
+    """A case as the results file has it."""
+    s = case.settings
+    return {
+        "case": str(case),
+        "layer": case.layer,
+        "M": case.rows,
+        "K": s.in_features,
+        "N": s.out_features,
+        "E": s.num_experts,
+        "r": s.r,
+        "dropout": s.dropout,
+        "dtype": str(s.dtype).removeprefix("torch."),
+        "weight": s.base,
+    }
+
+
+def reasons_for_all(table: Sequence[Case], methods: Sequence[str]) -> dict[str, str]:
+    """Methods that no case can run, with the reason.
+
+    Raises:
+        ValueError: a method is unknown.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise ValueError(f"methods must be among {', '.join(map(repr, METHODS))}, got {', '.join(map(repr, unknown))}")
+    reasons = {}
+    for name, method in METHODS.items():
+        of_cases = [method.reason_not_to(case.settings) for case in table]
+        if methods and name not in methods:
+            reasons[name] = "not asked for"
+        elif all(of_cases):
+            reasons[name] = str(of_cases[0])
+    return reasons
+
+
+def chosen_device(name: str) -> str:
+    """ "cpu" or "cuda".
+
+    Raises:
+        ValueError: "cuda" was asked for and is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU and a CUDA build of torch; neither device nor driver was found")
+    return name
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        if importlib.util.find_spec(package):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+@contextmanager
+def one_thread_on_a_cpu(device: torch.device):
+    """Processor time is only comparable on one thread."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
