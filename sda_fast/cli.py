@@ -36,6 +36,12 @@ COMMANDS = {
         "FinetuneConfig",
         "finetune",
     ),
+    "plan": Command(
+        "say what a fine-tuning step will need in memory and time, without a GPU and without the weights",
+        "sda_fast.plan",
+        "PlanConfig",
+        "plan",
+    ),
     "embed": Command("turn a whole catalogue into one table of item vectors", "sda_fast.embed", "EmbedConfig", "embed"),
     "recommend": Command(
         "train and evaluate recommenders on item vectors", "sda_fast.recommend", "RecommendConfig", "recommend"

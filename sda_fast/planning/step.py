@@ -1,0 +1,255 @@
+"""One training step on fake tensors: the real step, its chunks run once each and counted as often as they come."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sda_fast.jobs.batches import Batch, Chunk, Side
+from sda_fast.jobs.train_config import FinetuneConfig
+from sda_fast.jobs.train_state import make_loss, make_optimizer, moda_config
+from sda_fast.jobs.train_step import ContrastiveStep, training_mode
+from sda_fast.lvlm.encode import tower_features
+from sda_fast.lvlm.load import LVLM
+from sda_fast.moda.inject import adapt_model
+from sda_fast.planning.cards import Card
+from sda_fast.planning.gpu import LIBRARY_WORKSPACE_BYTES, as_on_a_gpu
+from sda_fast.planning.ledger import HOST, PARTS, Ledger
+from sda_fast.planning.model import weight_tensors
+
+EIGHT_BIT_BLOCK = 256
+SMALLEST_EIGHT_BIT = 4096
+SMALLEST_PAGED = 100_000
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step needs.
+
+    Attributes:
+        batch_size, chunk_size, gradient_checkpointing: the setting; chunk_size None is the whole batch at once.
+        parts: bytes at the peak, by part (sda_fast.planning.ledger.PARTS).
+        kept: most bytes that autograd kept for backward between forward and backward.
+        seconds: estimated, of a step of mean lengths; None without a card.
+        flops: of such a step.
+    """
+
+    batch_size: int
+    chunk_size: int | None
+    gradient_checkpointing: bool
+    parts: Mapping[str, int]
+    kept: int
+    seconds: float | None
+    flops: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class PlannedStep(ContrastiveStep):
+    """`ContrastiveStep` whose copies to and from main memory are written down, although both are the same here.
+
+    Attributes:
+        ledger: where to.
+        runs: (modality, whether with a graph) -> how often a chunk was encoded; only the first is really run, the
+            others give vectors without a graph.
+    """
+
+    ledger: Ledger = field(kw_only=True)
+    runs: Counter[tuple[str, bool]] = field(default_factory=Counter, kw_only=True)
+    kept: list[int] = field(default_factory=list, kw_only=True)
+
+    def encode(self, chunk: Chunk, modality: str) -> Tensor:
+        self.ledger.section = section_of(modality, torch.is_grad_enabled())
+        tensors = {name: self._on_device(tensor) for name, tensor in chunk.tensors.items()}
+        features = chunk.image_features
+        if features is not None:
+            features = [{name: part.clone() for name, part in one.items()} for one in features]
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+            vectors = super().encode(Chunk(tensors, features), modality)
+        self.kept.append(self.ledger.live["activations"])
+        return vectors
+
+    def encode_keeping_features(self, chunk: Chunk, modality: str) -> Tensor:
+        key = (modality, torch.is_grad_enabled())
+        self.runs[key] += 1
+        if self.runs[key] > 1:
+            return torch.empty(len(chunk.tensors["input_ids"]), self.width)
+        self.ledger.section = section_of(*key)
+        if modality == "image" and chunk.image_features is None:
+            tensors = {name: self._on_device(tensor) for name, tensor in chunk.tensors.items()}
+            features = tower_features(self.lvlm, tensors)
+            del tensors
+            with self.ledger.allocating(HOST):
+                chunk.image_features = [{name: part.clone() for name, part in one.items()} for one in features]
+        return self.encode(chunk, modality)
+
+    @property
+    def width(self) -> int:
+        return self.reduce_to or self.lvlm.hidden_size
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        self.ledger.retag(copy, "inputs", only="temporary")
+        return copy
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self.ledger.retag(tensor, "activations", only="temporary")
+        # A result kept as such would keep its own graph alive.
+        return tensor if tensor.grad_fn is None else tensor.detach()
+
+
+def section_of(modality: str, with_graph: bool) -> str:
+    return f"{modality} {'with' if with_graph else 'without'} graph"
+
+
+def plan_step(
+    lvlm: LVLM,
+    config: FinetuneConfig,
+    chunks: Mapping[str, Mapping[str, Tensor]],
+    fake_mode: FakeTensorMode,
+    *,
+    card: Card | None,
+    shares: Mapping[str, float] | None = None,
+) -> StepPlan:
+    """Run one step of `config` on a fake model and write down its memory and work.
+
+    Args:
+        lvlm: from `fake_lvlm`; adapted here if it is not yet.
+        config: batch_size, chunk_size, gradient_checkpointing, optimizer and the adapter's and loss's settings count.
+        chunks: "image" and "text" -> real tensors of one chunk, the longest that is to come.
+        fake_mode: that the model was made in.
+        card: the GPU to plan for; None: a step on the CPU, as it is.
+        shares: "image" and "text" -> mean over longest length; the time is scaled by it.
+    """
+    ledger = Ledger(fake_mode, card.seconds if card is not None else None, rounding=512 if card is not None else 1)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fake_mode)
+        if getattr(lvlm.model, "moda_config", None) is None:
+            adapt_model(lvlm.model, moda_config(config, lvlm))
+        ledger.adopt(weight_tensors(lvlm.model), "weights")
+        adapters = [parameter for parameter in lvlm.model.parameters() if parameter.requires_grad]
+        stack.enter_context(ledger)
+        if card is not None:
+            stack.enter_context(as_on_a_gpu(ledger, card))
+        loss = make_loss(config)
+        ledger.adopt([*adapters, *loss.parameters()], "adapters")
+        parameters = [*adapters, *loss.parameters()]
+        optimizer, state = fake_optimizer(config, parameters, ledger, on_gpu=card is not None)
+        for parameter in parameters:
+            stack.callback(
+                parameter.register_post_accumulate_grad_hook(
+                    lambda one: ledger.retag(one.grad, "gradients") if one.grad is not None else None
+                ).remove
+            )
+
+        def marked_loss(images: Tensor, texts: Tensor) -> Tensor:
+            ledger.section = "loss"
+            return loss(images, texts)
+
+        step = PlannedStep(lvlm, marked_loss, config.loss_width(lvlm), ledger=ledger)
+        with ledger.allocating(HOST):
+            batch = batch_of(ledger, chunks, config)
+        library = torch.empty(LIBRARY_WORKSPACE_BYTES if card is not None else 0, dtype=torch.uint8)
+        ledger.adopt([library], "workspaces")
+        ledger.reset_peak()
+        ledger.seconds.clear()
+        ledger.flops.clear()
+        with training_mode(lvlm, gradient_checkpointing=config.gradient_checkpointing):
+            step(batch)
+        ledger.section = "optimizer"
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
+        del state, library
+    return StepPlan(
+        config.batch_size,
+        config.chunk_size if isinstance(config.chunk_size, int) else None,
+        config.gradient_checkpointing,
+        {part: ledger.peak_parts.get(part, 0) for part in PARTS},
+        max(step.kept),
+        summed(ledger.seconds, step.runs, shares) if card is not None else None,
+        summed(ledger.flops, step.runs, shares),
+    )
+
+
+def batch_of(ledger: Ledger, chunks: Mapping[str, Mapping[str, Tensor]], config: FinetuneConfig) -> Batch:
+    """A batch that consists of the same chunk again and again, as fake tensors in main memory."""
+    size = config.chunk_size if isinstance(config.chunk_size, int) else config.batch_size
+    counts = [min(size, config.batch_size - first) for first in range(0, config.batch_size, size)]
+    sides = []
+    for modality in ("image", "text"):
+        # Pixels have no values, and a fake of a real tensor would hold on to it.
+        fakes = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_floating_point() else ledger.fake(tensor)
+            for name, tensor in chunks[modality].items()
+        }
+        rest = {name: fakes[name] for name in ("input_ids",)}
+        pieces = [
+            Chunk(fakes if count == size else {name: tensor[:count] for name, tensor in rest.items()})
+            for count in counts
+        ]
+        sides.append(Side(pieces, ledger.fake(torch.arange(config.batch_size))))
+    return Batch(sides[0], sides[1], config.chunk_size if isinstance(config.chunk_size, int) else None)
+
+
+def fake_optimizer(
+    config: FinetuneConfig, parameters: list[Any], ledger: Ledger, *, on_gpu: bool
+) -> tuple[torch.optim.Optimizer | None, list[Tensor]]:
+    """The optimiser with its state as after a step, and that state; bitsandbytes' have their state alone."""
+    if config.optimizer != "adamw":
+        with ledger.allocating("optimizer"):
+            states = [state for one in parameters for state in eight_bit_state(one, config.optimizer == "paged")]
+        return None, states
+    optimizer = make_optimizer(config, [{"params": parameters}], torch.device("cpu"))
+    if on_gpu:
+        for group in optimizer.param_groups:
+            group["foreach"] = True
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    states = []
+    for state in optimizer.state.values():
+        for name, tensor in state.items():
+            ledger.retag(tensor, HOST if name == "step" else "optimizer")
+            states.append(tensor)
+    return optimizer, states
+
+
+def eight_bit_state(parameter: Tensor, paged: bool) -> list[Tensor]:
+    """Both moments as bitsandbytes keeps them: bytes and a scale per block, small tensors in float32.
+
+    Paged moments live in memory that the driver may move to the host, and are not counted.
+    """
+    if parameter.numel() < SMALLEST_EIGHT_BIT:
+        return [torch.empty(parameter.shape) for _ in range(2)]
+    scales = [torch.empty(-(-parameter.numel() // EIGHT_BIT_BLOCK)) for _ in range(2)]
+    if paged and parameter.numel() >= SMALLEST_PAGED:
+        return scales
+    return [*scales, *(torch.empty(parameter.shape, dtype=torch.uint8) for _ in range(2))]
+
+
+def summed(
+    work: Mapping[str, float], runs: Mapping[tuple[str, bool], int], shares: Mapping[str, float] | None
+) -> float:
+    """The step's work: each section as often as its chunks came, scaled to the mean lengths."""
+    total = 0.0
+    for section, amount in work.items():
+        modality = section.split()[0]
+        with_graph = section.endswith("with graph")
+        times = runs.get((modality, with_graph), 1)
+        total += amount * times * (shares or {}).get(modality, 1.0)
+    return total

@@ -1,0 +1,110 @@
+"""The planned step beside the real one: same bytes of parameters, optimiser and kept activations, same products."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sda_fast.planning.model import fake_lvlm
+from sda_fast.planning.step import plan_step
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny Qwen2.5-VL folder with eight items."""
+    from sda_fast.data.items import Catalogue, read_items
+    from sda_fast.data.synthetic import generate_catalogue
+    from sda_fast.lvlm.tiny import build_tiny_lvlm
+
+    folder = tmp_path_factory.mktemp("planned")
+    paths = generate_catalogue(folder / "catalogue", num_items=60, num_users=1, seed=0, image_side=56)
+    items = Catalogue(read_items(paths.items).items[:8])
+    model = build_tiny_lvlm(
+        items, folder / "model", pretrain_steps=0, hidden_size=64, num_layers=2, image_side=56, vocab_size=400
+    )
+    return model, items.items
+
+
+def config_for(model, **changes):
+    from sda_fast.train import FinetuneConfig
+
+    settings = {
+        "model": str(model), "items": Path("items.jsonl"), "output": Path("run"), "batch_size": 4, "device": "cpu",
+        "gradient_checkpointing": False, "quantization": "nf4", "max_pixels": 56 * 56,
+    }  # fmt: skip
+    return FinetuneConfig(**{**settings, **changes})
+
+
+def real_step(model, items, config):
+    """Bytes of a real step on the CPU: frozen, trained, optimiser, and storages kept for backward by the encoder."""
+    from sda_fast.jobs.batches import BatchMaker
+    from sda_fast.jobs.train_state import make_loss, make_optimizer, moda_config
+    from sda_fast.jobs.train_step import ContrastiveStep, training_mode
+    from sda_fast.lvlm.collate import ImageOptions
+    from sda_fast.lvlm.load import load_lvlm
+    from sda_fast.moda.inject import adapt_model
+    from sda_fast.planning.model import weight_tensors
+
+    lvlm = load_lvlm(model, quantization=config.quantization, dtype=torch.float32, device="cpu")
+    adapt_model(lvlm.model, moda_config(config, lvlm))
+    loss = make_loss(config)
+    parameters = [*(one for one in lvlm.model.parameters() if one.requires_grad), *loss.parameters()]
+    optimizer = make_optimizer(config, [{"params": parameters}], torch.device("cpu"))
+    maker = BatchMaker(lvlm, config.prompts(), ImageOptions(config.min_pixels, config.max_pixels))
+    batch = maker.make(items[: config.batch_size], config.chunk_size)
+    frozen = storages(weight_tensors(lvlm.model))
+    own = frozen | storages(parameters)
+    kept = {}
+
+    class Watched(ContrastiveStep):
+        def encode(self, chunk, modality):
+            def keep(tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in own:
+                    kept[storage.data_ptr()] = storage
+                return tensor if tensor.grad_fn is None else tensor.detach()
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                return super().encode(chunk, modality)
+
+    with training_mode(lvlm, gradient_checkpointing=config.gradient_checkpointing):
+        Watched(lvlm, loss, config.loss_width(lvlm))(batch)
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    chunks = {"image": batch.images.chunks[0].tensors, "text": batch.texts.chunks[0].tensors}
+    sizes = {
+        "weights": sum(frozen.values()),
+        "adapters": sum(storages(parameters).values()),
+        "optimizer": sum(storages(states).values()),
+        "activations": sum(storage.nbytes() for storage in kept.values()),
+    }
+    return sizes, chunks
+
+
+def storages(tensors):
+    return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+
+
+def planned_step(model, config, chunks, card=None):
+    from sda_fast.lvlm.load import read_config
+
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_mode:
+        dtype = torch.float32 if card is None else torch.bfloat16
+        lvlm = fake_lvlm(read_config(model), str(model), quantization=config.quantization, dtype=dtype)
+    return plan_step(lvlm, config, chunks, fake_mode, card=card)
+
+
+@pytest.mark.parametrize(("quantization", "checkpointing"), [("none", False), ("nf4", True)])
+def test_planned_bytes_are_those_of_the_real_step(world, quantization, checkpointing):
+    model, items = world
+    config = config_for(model, quantization=quantization, gradient_checkpointing=checkpointing)
+    real, chunks = real_step(model, items, config)
+    step = planned_step(model, config, chunks)
+    assert step.parts["adapters"] == real["adapters"]
+    assert step.parts["optimizer"] == real["optimizer"]
+    assert step.parts["weights"] == real["weights"]
+    assert step.kept == pytest.approx(real["activations"], rel=0.01)
