@@ -46,7 +46,7 @@ def run(config: Any) -> str:
         "device": device_name(device),
         "kind": device.type,
         "versions": versions(),
-        "command": config.command,
+        "command": config.invocation,
         "timer": "processor time, 1 thread" if device.type == "cpu" else "time between events, cache cleared before",
         "percentiles": list(PERCENTILES),
         "not_run": reasons_for_all(table, config.methods),
@@ -139,9 +139,10 @@ def step_of(layer: nn.Module, x: Tensor, dy: Tensor, mode: str) -> Step:
             layer(x)
 
     def forward_and_backward() -> None:
+        layer(x).backward(dy)
+        # Afterwards, so that every step allocates its gradients and the peak counts them.
         x.grad = None
         layer.zero_grad()
-        layer(x).backward(dy)
 
     return forward if mode == "forward" else forward_and_backward
 

@@ -77,7 +77,7 @@ def as_markdown(document: Record, picture: str | None) -> str:
         "",
         f"{versions}. Times in milliseconds, percentiles {percentiles}: {document['timer']}. `{document['command']}`",
     ]
-    lines += [f"{name}: not run, {reason}." for name, reason in document["not_run"].items()]
+    lines += ["", *(f"{name}: not run, {reason}." for name, reason in document["not_run"].items())]
     if picture:
         lines += ["", f"![Time of forward and backward beside the frozen layer's]({picture})"]
     for case, records in of_cases(document).items():
@@ -85,8 +85,8 @@ def as_markdown(document: Record, picture: str | None) -> str:
         timed = [record for record in records if "mode" in record]
         if timed:
             lines += ["| " + " | ".join(("pass", *HEADER)) + " |", "| --- | --- |" + " ---: |" * (len(HEADER) - 1)]
-            lines += ["| " + " | ".join((record["mode"], *cells(record))) + " |" for record in timed] + [""]
-        lines += [f"{record['method']}: {record['reason']}." for record in records if "reason" in record]
+            lines += ["| " + " | ".join((record["mode"], *cells(record))) + " |" for record in timed]
+        lines += ["", *(f"{record['method']}: {record['reason']}." for record in records if "reason" in record)]
     return "\n".join(lines).rstrip()
 
 

@@ -33,7 +33,7 @@ class BenchConfig:
     output: Path | None = setting(None, "folder of the results files (default: bench/results of the checkout)")
     picture: bool = setting(True, "draw a picture beside the results file (needs matplotlib)")
     page: Path | None = setting(None, "rewrite the tables of this page, docs/performance.md, from the results files")
-    command: str = field(default="", metadata={"hidden": True})
+    invocation: str = field(default="", metadata={"hidden": True})
 
     def __post_init__(self) -> None:
         if self.seconds <= 0 or self.limit < 0:
@@ -62,8 +62,8 @@ def run_bench(config: BenchConfig) -> str:
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     output = config.output or folder / "results"
-    command = config.command or shlex.join(["sda-fast", *sys.argv[1:]])
-    config = dataclasses.replace(config, output=output, command=command)
+    invocation = config.invocation or shlex.join(["sda-fast", *sys.argv[1:]])
+    config = dataclasses.replace(config, output=output, invocation=invocation)
     lines = []
     if config.measure:
         lines.append(importlib.import_module("layers").run(config))

@@ -36,7 +36,7 @@ def tiny(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNames
 
 
 def config(folder: Path, *methods: str, **options: object) -> BenchConfig:
-    return BenchConfig(device="cpu", methods=methods, seconds=0.01, output=folder, command="a command", **options)
+    return BenchConfig(device="cpu", methods=methods, seconds=0.01, output=folder, invocation="a command", **options)
 
 
 def page_with_marks(folder: Path, tables: ModuleType) -> Path:
@@ -129,6 +129,16 @@ def test_a_baseline_that_breaks_is_reported(tiny: SimpleNamespace, monkeypatch: 
 def test_a_case_after_the_limit_is_named_as_not_measured(tiny: SimpleNamespace, tmp_path: Path) -> None:
     shown = run_bench(config(tmp_path, picture=False, limit=0.0))
     assert "small 64->48, M=24, E=4, r=16, dropout 0.1, bfloat16: not measured, out of time" in shown
+
+
+def test_the_results_name_the_command_line(
+    tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["bench", "--device", "cpu", "--limit", "0", "--no-picture", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/sda-fast", *words])
+    assert main(words) == 0
+    document = json.loads((tmp_path / "moda-cpu.json").read_text())
+    assert document["command"] == " ".join(["sda-fast", *words])
 
 
 def test_methods_that_cannot_run_say_why(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
