@@ -51,7 +51,7 @@ def pretrain(
         optimizer, lambda step: min((step + 1) / warmup, 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
     )
     order: list[int] = []
-    progress = tqdm(range(steps), desc="Pre-training the tiny model")
+    progress = tqdm(range(steps), desc="Pre-training the tiny model", disable=None)
     for step in progress:
         while len(order) < batch_size:
             order += torch.randperm(len(examples)).tolist()
