@@ -7,4 +7,5 @@ say "Checking style and types"
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy" sda_fast
 say "Running the tests"
-exec "$venv/bin/python" -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$venv/bin/python" -m pytest --numprocesses auto --dist loadfile "$@"
