@@ -85,14 +85,15 @@ def statistics(
         soft, row_normalized, two_sided: which loss, and whether the columns' items are served too.
 
     Returns:
-        [column blocks, 7, rows] and, if two-sided, [row blocks, 7, columns], float32: the largest value and the sum of
-        exponentials relative to it for L's row, L's column and S's row; and the mean under the teacher of L_ij less
-        L's largest (row-normalised: plus L_ji less its largest; hard targets: 2 L_ii, of one part).
+        [column blocks, 8, rows] and, if two-sided, [row blocks, 8, columns], float32: the largest product and the sum
+        of exponentials relative to it for L's row, L's column and S's row; the mean under the teacher of the products
+        x_i y_j (row-normalised: plus x_j y_i) less a reference, and the reference. Hard targets: twice the product
+        x_i y_i, of one part, and nothing.
     """
     config = config or CONFIGS["statistics", x.element_size()]
     row_blocks, column_blocks = _grid(config, rows, columns)
-    for_rows = x.new_empty(column_blocks, 7, rows[1] - rows[0], dtype=torch.float32)
-    for_columns = x.new_empty(row_blocks, 7, columns[1] - columns[0], dtype=torch.float32) if two_sided else None
+    for_rows = x.new_empty(column_blocks, 8, rows[1] - rows[0], dtype=torch.float32)
+    for_columns = x.new_empty(row_blocks, 8, columns[1] - columns[0], dtype=torch.float32) if two_sided else None
     options = {"SOFT": soft, "ROW_NORMALIZED": row_normalized, "TWO_SIDED": two_sided}
     _launch(statistics_kernel, config, rows, columns, (x, y, temperature, for_rows, for_columns), x, y, options)
     return for_rows, for_columns
@@ -112,7 +113,7 @@ def target_sums(
     """Second-sweep parts of a block.
 
     Args:
-        vectors: [4, B] contiguous float32: s and c, each as high and low part.
+        vectors: [4, B] contiguous float32: s in units of the products and c in bits, each as high and low part.
 
     Returns:
         [column blocks, 4, rows] and, if two-sided, [row blocks, 4, columns], float32: sum_j T_ji, sum_j T_ij, and
@@ -144,7 +145,7 @@ def gradients(
     """Write dL_ij / tau, dL_ji / tau and, unless its tile is None, tau/2 (dS_ij + dS_ji), in units of 1/(2B).
 
     Args:
-        statistics: [11, B] contiguous float32: r, c, s, h, t, each as high and low part, and q.
+        statistics: [11, B] contiguous float32, in units of the products r, c, s, h, t, as high and low part each; q.
         tiles: three contiguous [rows, columns] buffers.
 
     Returns:

@@ -1,8 +1,9 @@
 """Device code of CMSA and InfoNCE: statistics, target sums and gradient tiles of rows against columns.
 
 For items i among the rows and j among the columns a program forms L_ij = x_i y_j / tau, L_ji and the teacher
-S_ij = tau/2 (x_i x_j + y_i y_j) from one pass over the dimensions: four loads feed four products. Logits, scores and
-log-sum-exps are in bits (times log2 e). Every reduction is in two stages: a program leaves its part, the caller adds.
+S_ij = tau/2 (x_i x_j + y_i y_j) from one pass over the dimensions: four loads feed four products. They stay bare
+products until two of them have been subtracted, which is exact where the difference is small; differences are scaled to
+bits (times log2 e). Every reduction is in two stages: a program leaves its part, the caller adds.
 Sizes: B items, D dimensions; a launch covers `rows` x `columns`, two spans of items.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NATS_PER_BIT = tl.constexpr(0.6931471805599453)
 BITS_PER_NAT = tl.constexpr(1.4426950408889634)
 
 
@@ -61,11 +61,11 @@ def product_tiles(
 
 
 @triton.jit
-def softmax_parts(scores, AXIS: tl.constexpr):
-    """(largest, exp2(scores - largest), their sums) along an axis; -inf marks what does not count."""
+def softmax_parts(scores, scale, AXIS: tl.constexpr):
+    """(largest, exp2(scale (scores - largest)), their sums) along an axis; -inf marks what does not count."""
     largest = tl.max(scores, AXIS)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
-    exponentials = tl.exp2(scores - tl.expand_dims(shift, AXIS))
+    exponentials = tl.exp2((scores - tl.expand_dims(shift, AXIS)) * scale)
     sums = tl.sum(exponentials, AXIS)
     return shift, exponentials, sums
 
@@ -82,25 +82,34 @@ def store_statistics(
     teacher,
     mask,
     on_diagonal,
+    logits_scale,
+    teacher_scale,
     AXIS: tl.constexpr,
     SOFT: tl.constexpr,
     ROW_NORMALIZED: tl.constexpr,
 ):
-    """Reduce one tile along an axis and leave part `part` of [parts, 7, length]; see `statistics`."""
-    out_ptrs = out_ptr + part.to(tl.int64) * 7 * length + local
-    own_largest, _, own_sums = softmax_parts(tl.where(mask, own_logits, float("-inf")), AXIS)
-    other_largest, _, other_sums = softmax_parts(tl.where(mask, other_logits, float("-inf")), AXIS)
+    """Reduce one tile along an axis and leave part `part` of [parts, 8, length]; see `statistics`."""
+    out_ptrs = out_ptr + part.to(tl.int64) * 8 * length + local
+    own_largest, _, own_sums = softmax_parts(tl.where(mask, own_logits, float("-inf")), logits_scale, AXIS)
+    other_largest, _, other_sums = softmax_parts(tl.where(mask, other_logits, float("-inf")), logits_scale, AXIS)
     tl.store(out_ptrs, own_largest, mask=local_mask)
     tl.store(out_ptrs + length, own_sums, mask=local_mask)
     tl.store(out_ptrs + 2 * length, other_largest, mask=local_mask)
     tl.store(out_ptrs + 3 * length, other_sums, mask=local_mask)
     if SOFT:
-        largest, exponentials, sums = softmax_parts(tl.where(mask, teacher, float("-inf")), AXIS)
+        scores = tl.where(mask, teacher, float("-inf"))
+        largest, exponentials, sums = softmax_parts(scores, teacher_scale, AXIS)
         tl.store(out_ptrs + 4 * length, largest, mask=local_mask)
         tl.store(out_ptrs + 5 * length, sums, mask=local_mask)
-        relative = own_logits - tl.expand_dims(own_largest, AXIS)
+        target_logits = own_logits
         if ROW_NORMALIZED:
-            relative += other_logits - tl.expand_dims(other_largest, AXIS)
+            target_logits += other_logits
+        # relative to a likeliest target's, so that a teacher certain of one target gives exactly its logit
+        likeliest = scores == tl.expand_dims(largest, AXIS)
+        reference = tl.max(tl.where(likeliest, target_logits, float("-inf")), AXIS)
+        reference = tl.where(reference == float("-inf"), 0.0, reference)
+        relative = tl.where(mask, target_logits - tl.expand_dims(reference, AXIS), 0.0)
+        tl.store(out_ptrs + 7 * length, reference, mask=local_mask)
         target_logits = tl.sum(exponentials * relative, AXIS) / sums
     else:
         target_logits = tl.sum(tl.where(on_diagonal, 2.0 * own_logits, 0.0), AXIS)
@@ -157,9 +166,8 @@ def statistics_kernel(
         BLOCK_D,
     )
     temperature = tl.load(temperature_ptr)
-    logits *= BITS_PER_NAT / temperature
-    transposed_logits *= BITS_PER_NAT / temperature
-    teacher *= temperature * (0.5 * BITS_PER_NAT)
+    logits_scale = BITS_PER_NAT / temperature
+    teacher_scale = temperature * (0.5 * BITS_PER_NAT)
     mask = row_mask[:, None] & column_mask[None, :]
     on_diagonal = mask & (rows[:, None] == columns[None, :])
     store_statistics(
@@ -173,6 +181,8 @@ def statistics_kernel(
         teacher,
         mask,
         on_diagonal,
+        logits_scale,
+        teacher_scale,
         1,
         SOFT,
         ROW_NORMALIZED,
@@ -189,6 +199,8 @@ def statistics_kernel(
             teacher,
             mask,
             on_diagonal,
+            logits_scale,
+            teacher_scale,
             0,
             SOFT,
             ROW_NORMALIZED,
@@ -196,9 +208,9 @@ def statistics_kernel(
 
 
 @triton.jit
-def below(scores, high, low):
-    """scores - (high + low), at most zero where rounding of huge scores says otherwise; NaN is kept."""
-    difference = (scores - high) - low
+def below(scores, high, low, scale):
+    """scale (scores - (high + low)), at most zero where rounding of huge scores says otherwise; NaN is kept."""
+    difference = ((scores - high) - low) * scale
     return tl.where(difference > 0, 0.0, difference)
 
 
@@ -251,7 +263,7 @@ def target_sums_kernel(
         BLOCK_COLUMNS,
         BLOCK_D,
     )
-    teacher *= tl.load(temperature_ptr) * (0.5 * BITS_PER_NAT)
+    teacher_scale = tl.load(temperature_ptr) * (0.5 * BITS_PER_NAT)
     mask = row_mask[:, None] & column_mask[None, :]
     row_vectors = vectors_ptr + rows
     column_vectors = vectors_ptr + columns
@@ -261,8 +273,8 @@ def target_sums_kernel(
     s_columns_low = tl.load(column_vectors + items_count, mask=column_mask, other=0.0)[None, :]
     c_columns = tl.load(column_vectors + 2 * items_count, mask=column_mask, other=0.0)[None, :]
     c_columns_low = tl.load(column_vectors + 3 * items_count, mask=column_mask, other=0.0)[None, :]
-    targets = tl.where(mask, tl.exp2(below(teacher, s_rows, s_rows_low)), 0.0)
-    transposed_targets = tl.where(mask, tl.exp2(below(teacher, s_columns, s_columns_low)), 0.0)
+    targets = tl.where(mask, tl.exp2(below(teacher, s_rows, s_rows_low, teacher_scale)), 0.0)
+    transposed_targets = tl.where(mask, tl.exp2(below(teacher, s_columns, s_columns_low, teacher_scale)), 0.0)
     row_ptrs = for_rows_ptr + column_block.to(tl.int64) * 4 * rows_count + local_rows
     tl.store(row_ptrs, tl.sum(transposed_targets, 1), mask=row_mask)
     tl.store(row_ptrs + rows_count, tl.sum(targets, 1), mask=row_mask)
@@ -333,9 +345,8 @@ def gradients_kernel(
         BLOCK_D,
     )
     temperature = tl.load(temperature_ptr)
-    logits *= BITS_PER_NAT / temperature
-    transposed_logits *= BITS_PER_NAT / temperature
-    teacher *= temperature * (0.5 * BITS_PER_NAT)
+    logits_scale = BITS_PER_NAT / temperature
+    teacher_scale = temperature * (0.5 * BITS_PER_NAT)
     mask = row_mask[:, None] & column_mask[None, :]
 
     row_stats = statistics_ptr + rows
@@ -350,17 +361,17 @@ def gradients_kernel(
     c_columns_low = tl.load(column_stats + 3 * items_count, mask=column_mask, other=0.0)[None, :]
     q_rows = tl.load(row_stats + 10 * items_count, mask=row_mask, other=0.0)[:, None]
     q_columns = tl.load(column_stats + 10 * items_count, mask=column_mask, other=0.0)[None, :]
-    d_logits = tl.exp2(below(logits, r_rows, r_rows_low))
-    d_logits += q_columns * tl.exp2(below(logits, c_columns, c_columns_low))
-    d_transposed = tl.exp2(below(transposed_logits, r_columns, r_columns_low))
-    d_transposed += q_rows * tl.exp2(below(transposed_logits, c_rows, c_rows_low))
+    d_logits = tl.exp2(below(logits, r_rows, r_rows_low, logits_scale))
+    d_logits += q_columns * tl.exp2(below(logits, c_columns, c_columns_low, logits_scale))
+    d_transposed = tl.exp2(below(transposed_logits, r_columns, r_columns_low, logits_scale))
+    d_transposed += q_rows * tl.exp2(below(transposed_logits, c_rows, c_rows_low, logits_scale))
     if SOFT:
         s_rows = tl.load(row_stats + 4 * items_count, mask=row_mask, other=0.0)[:, None]
         s_rows_low = tl.load(row_stats + 5 * items_count, mask=row_mask, other=0.0)[:, None]
         s_columns = tl.load(column_stats + 4 * items_count, mask=column_mask, other=0.0)[None, :]
         s_columns_low = tl.load(column_stats + 5 * items_count, mask=column_mask, other=0.0)[None, :]
-        targets = tl.where(mask, tl.exp2(below(teacher, s_rows, s_rows_low)), 0.0)
-        transposed_targets = tl.where(mask, tl.exp2(below(teacher, s_columns, s_columns_low)), 0.0)
+        targets = tl.where(mask, tl.exp2(below(teacher, s_rows, s_rows_low, teacher_scale)), 0.0)
+        transposed_targets = tl.where(mask, tl.exp2(below(teacher, s_columns, s_columns_low, teacher_scale)), 0.0)
         if ROW_NORMALIZED:
             d_logits -= targets + transposed_targets
             d_transposed -= targets + transposed_targets
@@ -375,9 +386,9 @@ def gradients_kernel(
     d_transposed = tl.where(mask, d_transposed, 0.0)
 
     tile_offsets = local_rows.to(tl.int64)[:, None] * columns_count + local_columns[None, :]
-    d_temperature = -tl.sum(d_logits * logits)
+    d_temperature = -tl.sum(d_logits * logits) / temperature
     if TWO_SIDED:
-        d_temperature -= tl.sum(d_transposed * transposed_logits)
+        d_temperature -= tl.sum(d_transposed * transposed_logits) / temperature
     d_logits /= temperature
     d_transposed /= temperature
     tl.store(logits_gradient_ptr + tile_offsets, d_logits.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
@@ -402,8 +413,8 @@ def gradients_kernel(
             d_transposed_targets = (c_rows - t_columns) + (c_rows_low - t_columns_low)
             d_transposed_targets -= 2.0 * ((transposed_logits - h_columns) - h_columns_low)
         d_teacher = targets * d_targets + transposed_targets * d_transposed_targets
-        d_temperature += tl.sum(d_teacher * teacher) * (NATS_PER_BIT if TWO_SIDED else 0.5 * NATS_PER_BIT)
-        d_teacher *= temperature * (0.5 * NATS_PER_BIT)
+        d_temperature += tl.sum(d_teacher * teacher) * (0.5 if TWO_SIDED else 0.25)
+        d_teacher *= 0.5
         tl.store(teacher_gradient_ptr + tile_offsets, d_teacher.to(teacher_gradient_ptr.dtype.element_ty), mask=mask)
     part = row_block * tl.num_programs(1) + column_block
-    tl.store(temperature_parts_ptr + part, d_temperature * NATS_PER_BIT)
+    tl.store(temperature_parts_ptr + part, d_temperature)

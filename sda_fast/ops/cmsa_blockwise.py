@@ -21,7 +21,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sda_fast.ops.cmsa_tiles import NATS_PER_BIT, Form, Span, TileGradients, compute_dtype, split, split_statistics
+from sda_fast.ops.cmsa_tiles import (
+    NATS_PER_BIT,
+    Form,
+    Scales,
+    Span,
+    TileGradients,
+    compute_dtype,
+    split,
+    split_statistics,
+)
 
 
 class Tiles(Protocol):
@@ -103,7 +112,9 @@ def row_target_sums(tiles: Tiles, rows: Span, teacher_lse: Tensor, column_lse: T
     """Second sweep: [2, B] float64 q_i = sum_j T_ji and sum_j T_ij c_j, complete for the items in `rows`."""
     dtype = compute_dtype(tiles.x.dtype)
     reference = column_lse.max()
-    vectors = torch.stack([*split(teacher_lse, dtype), *split(column_lse - reference, dtype)])
+    vectors = torch.stack(
+        [*split(teacher_lse / Scales.at(tiles.temperature).teacher, dtype), *split(column_lse - reference, dtype)]
+    )
     running = torch.zeros(3, len(tiles.x), dtype=torch.float64, device=teacher_lse.device)
     for own in row_blocks(rows, tiles.block_size):
         for columns, two_sided in visits(tiles, own, symmetric):
@@ -171,7 +182,7 @@ def blockwise_backward(
         shape = (length, x.shape[1])
         return Totals(*(x.new_zeros(shape, dtype=scale.dtype) if needed else None for needed in (needs_x, needs_y)))
 
-    statistics = split_statistics(statistics, scale.dtype)
+    statistics = split_statistics(statistics, Scales.at(tiles.temperature), scale.dtype)
     temperature = torch.zeros((), dtype=torch.float64, device=x.device)
     if symmetric:
         whole = totals(count)

@@ -3,9 +3,10 @@
 A tile has rows I and columns J. For items i in I, j in J it holds L = L_ij, M = L_ji and S = S_ij = S_ji, so that a
 two-sided visit serves both (I, J) and (J, I): quantities per row come from the columns' side by reducing the other way.
 
-Logits, scores and log-sum-exps are held in bits, multiplied by log2(e) inside the products: exp2 needs no further
-multiplication and, in PyTorch on a CPU, costs a quarter of exp (a fortieth where results underflow). What is kept by
-item is float64: beside scores of 1e9 a float32 log-sum-exp could not tell one term from a thousand.
+Tiles of L and S hold the bare products x_i y_j and x_i x_j + y_i y_j: a difference of two of them is exact where it is
+small, which it would not be had each been multiplied by a scale, and so rounded, before. Differences are then scaled to
+bits: in PyTorch on a CPU exp2 costs a quarter of exp (a fortieth where results underflow). What is kept by item is
+float64 and in bits: beside scores of 1e9 a float32 log-sum-exp could not tell one term from a thousand.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class TileGradients(NamedTuple):
     """Gradients in units of 1/(2B), and what to multiply them by on the way into the embeddings.
 
     `logits` is dL_ij, `transposed_logits` dL_ji, `teacher` dS_ij + dS_ji or None; all [rows, columns]. The factors hold
-    what the backend left out: 1/tau for L, tau/2 (and bits to nats) for S.
+    what the backend left out of 1/tau for L and tau/2 for S.
     `temperature` is sum(dS S) - sum(dL L) over what this visit stands for (half of it for a one-sided visit of S, whose
     other half comes with the transposed tile).
     """
@@ -71,10 +72,25 @@ def split(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return high, (values - high).to(dtype)
 
 
-def split_statistics(statistics: Tensor, dtype: torch.dtype) -> Tensor:
-    """[6, B] r, c, s, h, t, q in float64 -> [11, B] in `dtype`: each but q as high and low part."""
-    *doubled, q = statistics.unbind()
-    return torch.stack([part for values in doubled for part in split(values, dtype)] + [q.to(dtype)])
+class Scales(NamedTuple):
+    """What turns products into bits: of x_i y_j for L, of x_i x_j + y_i y_j for S. Tensors if the temperature is."""
+
+    logits: float | Tensor
+    teacher: float | Tensor
+
+    @classmethod
+    def at(cls, temperature: float | Tensor) -> Scales:
+        if isinstance(temperature, Tensor):
+            temperature = temperature.double()
+        return cls(1 / (temperature * NATS_PER_BIT), temperature / (2 * NATS_PER_BIT))
+
+
+def split_statistics(statistics: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
+    """[6, B] r, c, s, h, t, q in bits -> [11, B] in `dtype`: in units of the products as high and low part, and q."""
+    r, c, s, h, t, q = statistics.unbind()
+    by_item = [*(values / scales.logits for values in (r, c)), s / scales.teacher]
+    by_item += [values / scales.logits for values in (h, t)]
+    return torch.stack([part for values in by_item for part in split(values, dtype)] + [q.to(dtype)])
 
 
 def _overlap(rows: Span, columns: Span) -> Span:
@@ -105,8 +121,7 @@ class TorchTiles:
         self.x, self.y, self.form, self.block_size = x, y, form, block_size
         self.dtype = compute_dtype(x.dtype)
         self.temperature = float(temperature)
-        self._logits_scale = 1 / (self.temperature * NATS_PER_BIT)
-        self._teacher_scale = self.temperature / (2 * NATS_PER_BIT)
+        self.scales = Scales.at(self.temperature)
         edge = min(block_size, len(x))
         self._buffers = torch.empty(self.BUFFERS, edge * edge, dtype=self.dtype, device=x.device)
 
@@ -128,30 +143,31 @@ class TorchTiles:
     def _logits(self, number: int, left: Tensor, right: Tensor, rows: Span, columns: Span) -> Tensor:
         out = self._buffer(number, rows, columns)
         left, right = self.operand(left, rows), self.operand(right, columns)
-        return torch.addmm(out, left, right.T, beta=0, alpha=self._logits_scale, out=out)
+        return torch.mm(left, right.T, out=out)
 
     def _teacher(self, number: int, rows: Span, columns: Span) -> Tensor:
         out = self._buffer(number, rows, columns)
         for beta, side in enumerate((self.x, self.y)):
             left, right = self.operand(side, rows), self.operand(side, columns)
-            torch.addmm(out, left, right.T, beta=beta, alpha=self._teacher_scale, out=out)
+            torch.addmm(out, left, right.T, beta=beta, out=out)
         return out
 
-    def _below(self, number: int, scores: Tensor, parts: Tensor, dim: int) -> Tensor:
-        """scores - (high + low) along `dim`, parts [2, n] being high and low.
+    def _below(self, number: int, scores: Tensor, parts: Tensor, dim: int, scale: float) -> Tensor:
+        """scale * (scores - (high + low)) along `dim`, parts [2, n] being high and low.
 
         At most zero, also where rounding of huge scores says otherwise.
         """
         out = self._buffers[number, : scores.numel()].view(scores.shape)
         torch.sub(scores, parts[0].unsqueeze(dim), out=out)
-        return out.sub_(parts[1].unsqueeze(dim)).clamp_(max=0)
+        return torch.add((-scale * parts[1]).unsqueeze(dim), out, alpha=scale, out=out).clamp_(max=0)
 
-    def _exponentials(self, number: int, scores: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(largest, exp2(scores - largest), their sums) along `dim`."""
+    def _exponentials(self, number: int, scores: Tensor, dim: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-sum-exp in bits, exp2(scale * (scores - largest)), their sums) along `dim`."""
         largest = scores.amax(dim)
         out = self._buffers[number, : scores.numel()].view(scores.shape)
-        torch.sub(scores, largest.unsqueeze(dim), out=out).exp2_()
-        return largest, out, out.sum(dim)
+        torch.sub(scores, largest.unsqueeze(dim), out=out).mul_(scale).exp2_()
+        sums = out.sum(dim)
+        return scale * largest.double() + sums.double().log2(), out, sums
 
     def statistics(self, rows: Span, columns: Span, two_sided: bool) -> tuple[Tensor, Tensor | None]:
         """What one tile contributes to its rows' items and, if two-sided, to its columns' items.
@@ -169,33 +185,31 @@ class TorchTiles:
     def _side_statistics(
         self, own: Tensor, other: Tensor, S: Tensor | None, rows: Span, columns: Span, dim: int
     ) -> Tensor:
-        own_largest, _, own_sums = self._exponentials(3, own, dim)
-        other_largest, _, other_sums = self._exponentials(3, other, dim)
-        side = [_log_sum_exp(own_largest, own_sums), _log_sum_exp(other_largest, other_sums)]
+        own_lse, _, _ = self._exponentials(3, own, dim, self.scales.logits)
+        other_lse, _, _ = self._exponentials(3, other, dim, self.scales.logits)
         if S is None:
-            target_logits = torch.zeros_like(side[0])
+            target_logits = torch.zeros_like(own_lse)
             diagonal = _diagonal(own, rows, columns)
             if diagonal is not None:
                 start, stop = _overlap(rows, columns)
                 first = (rows if dim == 1 else columns)[0]
-                target_logits[start - first : stop - first] = 2 * diagonal
-            return torch.stack([*side, torch.zeros_like(side[0]), target_logits])
-        largest, weights, sums = self._exponentials(3, S, dim)
-        # logits relative to their largest, which is added in float64
-        relative = self._buffer(4, rows, columns)
-        torch.sub(own, own_largest.unsqueeze(dim), out=relative)
-        reference = own_largest.double()
+                target_logits[start - first : stop - first] = 2 * self.scales.logits * diagonal.double()
+            return torch.stack([own_lse, other_lse, torch.zeros_like(own_lse), target_logits])
+        teacher_lse, weights, sums = self._exponentials(3, S, dim, self.scales.teacher)
+        logits = own
         if self.form.row_normalized:
-            relative.add_(other).sub_(other_largest.unsqueeze(dim))
-            reference = reference + other_largest.double()
-        mean = (relative.mul_(weights).sum(dim) / sums).double() + reference
-        return torch.stack([*side, _log_sum_exp(largest, sums), self.form.same_weight * mean])
+            logits = torch.add(own, other, out=self._buffer(4, rows, columns))
+        # relative to the likeliest target's, so that a teacher certain of one target gives exactly its logit
+        reference = logits.gather(dim, S.argmax(dim, keepdim=True))
+        relative = torch.sub(logits, reference, out=self._buffer(4, rows, columns))
+        mean = (relative.mul_(weights).sum(dim) / sums).double() + reference.squeeze(dim).double()
+        return torch.stack([own_lse, other_lse, teacher_lse, self.form.same_weight * self.scales.logits * mean])
 
     def target_sums(self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> tuple[Tensor, Tensor | None]:
         """Sums over the tile's other side.
 
         Args:
-            vectors: [4, B]: s and c less a constant, each as high and low part.
+            vectors: [4, B]: s in units of the products and c less a constant in bits, each as high and low part.
 
         Returns:
             [3, rows] and [3, columns] or None, float64: sum_j T_ji, sum_j T_ij, sum_j T_ij c_j.
@@ -203,8 +217,8 @@ class TorchTiles:
         c_high, c_low = vectors[2:]
         row_part, column_part = slice(*rows), slice(*columns)
         S = self._teacher(2, rows, columns)
-        T = self._below(3, S, vectors[:2, row_part], 1).exp2_()
-        T_transposed = self._below(4, S, vectors[:2, column_part], 0).exp2_()
+        T = self._below(3, S, vectors[:2, row_part], 1, self.scales.teacher).exp2_()
+        T_transposed = self._below(4, S, vectors[:2, column_part], 0, self.scales.teacher).exp2_()
 
         def sums(targets: Tensor, transposed: Tensor, other: slice) -> Tensor:
             by_other = torch.stack([torch.ones_like(c_high[other]), c_high[other], c_low[other]], dim=1)
@@ -222,16 +236,17 @@ class TorchTiles:
         q = statistics[10]
         row_part, column_part = slice(*rows), slice(*columns)
         same, other = self.form.same_weight, self.form.other_weight
+        for_logits, for_teacher = self.scales
         L = self._logits(0, self.x, self.y, rows, columns)
         M = self._logits(1, self.y, self.x, rows, columns)
-        P = self._below(3, L, r[:, row_part], 1).exp2_()
-        P.addcmul_(self._below(5, L, c[:, column_part], 0).exp2_(), q[column_part].unsqueeze(0))
-        N = self._below(4, M, r[:, column_part], 0).exp2_()
-        N.addcmul_(self._below(5, M, c[:, row_part], 1).exp2_(), q[row_part].unsqueeze(1))
+        P = self._below(3, L, r[:, row_part], 1, for_logits).exp2_()
+        P.addcmul_(self._below(5, L, c[:, column_part], 0, for_logits).exp2_(), q[column_part].unsqueeze(0))
+        N = self._below(4, M, r[:, column_part], 0, for_logits).exp2_()
+        N.addcmul_(self._below(5, M, c[:, row_part], 1, for_logits).exp2_(), q[row_part].unsqueeze(1))
         if self.form.soft:
             S = self._teacher(2, rows, columns)
-            T = self._below(5, S, s[:, row_part], 1).exp2_()
-            T_transposed = self._below(6, S, s[:, column_part], 0).exp2_()
+            T = self._below(5, S, s[:, row_part], 1, for_teacher).exp2_()
+            T_transposed = self._below(6, S, s[:, column_part], 0, for_teacher).exp2_()
             P.sub_(T, alpha=same).sub_(T_transposed, alpha=other)
             N.sub_(T_transposed, alpha=same).sub_(T, alpha=other)
         else:
@@ -239,15 +254,20 @@ class TorchTiles:
                 diagonal = _diagonal(tile, rows, columns)
                 if diagonal is not None:
                     diagonal.sub_(2)
-        temperature = -torch.dot(P.view(-1), L.view(-1))
+        temperature = self._sum_of_products(7, P, L)
         if two_sided:
-            temperature -= torch.dot(N.view(-1), M.view(-1))
+            temperature += self._sum_of_products(7, N, M)
+        temperature *= -1 / self.temperature
         teacher = None
         if self.form.soft and through_teacher:
             teacher = self._teacher_gradient(L, M, T, T_transposed, c, h, t, rows, columns)
-            temperature += torch.dot(teacher.view(-1), S.view(-1)) * (NATS_PER_BIT if two_sided else NATS_PER_BIT / 2)
-        temperature *= NATS_PER_BIT
-        return TileGradients(P, N, teacher, temperature, 1 / self.temperature, self.temperature / 2 * NATS_PER_BIT)
+            temperature += self._sum_of_products(7, teacher, S) * (0.5 if two_sided else 0.25)
+        return TileGradients(P, N, teacher, temperature, 1 / self.temperature, 0.5)
+
+    def _sum_of_products(self, number: int, left: Tensor, right: Tensor) -> Tensor:
+        """sum(left * right), rows added up in float64: their sums cancel, which one long float32 sum would show."""
+        products = torch.mul(left, right, out=self._buffers[number, : left.numel()].view(left.shape))
+        return products.sum(1).double().sum()
 
     def _teacher_gradient(
         self,
@@ -261,7 +281,7 @@ class TorchTiles:
         rows: Span,
         columns: Span,
     ) -> Tensor:
-        """dS_ij + dS_ji, overwriting L and M. Differences come first: an item certain of its target gets exactly 0."""
+        """tau (dS_ij + dS_ji), overwriting L and M. An item certain of its target gets exactly 0."""
         scratch = self._buffer(7, rows, columns)
         sides = ((L, slice(*rows), slice(*columns), 1, 0), (M, slice(*columns), slice(*rows), 0, 1))
         if self.form.row_normalized:
@@ -275,7 +295,3 @@ class TorchTiles:
                 scratch.add_(c[1, across].unsqueeze(across_dim)).sub_(t[1, own].unsqueeze(dim))
                 tile.sub_(h[0, own].unsqueeze(dim)).sub_(h[1, own].unsqueeze(dim)).mul_(2).sub_(scratch)
         return L.mul_(T).addcmul_(M, T_transposed).neg_()
-
-
-def _log_sum_exp(largest: Tensor, sums: Tensor) -> Tensor:
-    return largest.double() + sums.log2().double()

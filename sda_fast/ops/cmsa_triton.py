@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sda_fast.kernels import cmsa as kernels
-from sda_fast.ops.cmsa_tiles import Form, Span, TileGradients
+from sda_fast.ops.cmsa_tiles import Form, Scales, Span, TileGradients
 
 
 class TritonTiles:
@@ -63,17 +63,15 @@ class TritonTiles:
         return self._merged(for_rows), None if for_columns is None else self._merged(for_columns)
 
     def _merged(self, parts: Tensor) -> Tensor:
-        """Parts [parts, 7, n] -> [4, n] float64 as `TorchTiles.statistics` gives it, in a fixed order."""
-        own_largest, own_sums, other_largest, other_sums, largest, sums, target_logits = parts.double().unbind(1)
-        row_lse, _ = _merged_log_sum_exp(own_largest, own_sums)
-        column_lse, _ = _merged_log_sum_exp(other_largest, other_sums)
+        """Parts [parts, 8, n] -> [4, n] float64 as `TorchTiles.statistics` gives it, in a fixed order."""
+        own_largest, own_sums, other_largest, other_sums, largest, sums, relative, reference = parts.double().unbind(1)
+        for_logits, for_teacher = Scales.at(self.temperature)
+        row_lse, _ = _merged_log_sum_exp(for_logits * own_largest, own_sums)
+        column_lse, _ = _merged_log_sum_exp(for_logits * other_largest, other_sums)
         if not self.form.soft:
-            return torch.stack([row_lse, column_lse, torch.zeros_like(row_lse), target_logits.sum(0)])
-        teacher_lse, weights = _merged_log_sum_exp(largest, sums)
-        target_logits = target_logits + own_largest
-        if self.form.row_normalized:
-            target_logits = target_logits + other_largest
-        mean = self.form.same_weight * (weights * target_logits).sum(0)
+            return torch.stack([row_lse, column_lse, torch.zeros_like(row_lse), for_logits * relative.sum(0)])
+        teacher_lse, weights = _merged_log_sum_exp(for_teacher * largest, sums)
+        mean = self.form.same_weight * for_logits * (weights * (relative + reference)).sum(0)
         return torch.stack([row_lse, column_lse, teacher_lse, mean])
 
     def target_sums(self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> tuple[Tensor, Tensor | None]:

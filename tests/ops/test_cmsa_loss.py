@@ -71,22 +71,31 @@ def test_gradcheck(form):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("shape", [(33, 24), (130, 65)], ids=str)
-def test_error_is_no_larger_than_that_of_plain_pytorch_in_the_same_dtype(dtype, form, shape):
+@pytest.mark.parametrize(
+    ("shape", "temperature", "size"),
+    # a teacher certain of its targets, a spread one, a flat one; a temperature that scales nothing, and a small one
+    [((33, 24), 3.0, 1.0), ((66, 65), 3.0, 0.3), ((66, 65), 3.0, 0.1), ((33, 24), 1.0, 3.0), ((66, 24), 0.3, 0.5)],
+    ids=str,
+)
+def test_error_is_no_larger_than_that_of_plain_pytorch_in_the_same_dtype(dtype, form, shape, temperature, size):
     # root mean square over batches: the largest of many rounding errors, or one scalar's, is a matter of luck
-    mine, other, size = torch.zeros(4), torch.zeros(4), torch.zeros(4)
-    for seed in range(6):
-        x, y = embeddings(*shape, dtype=dtype, seed=seed)
-        truth = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), x, y, 3.0, torch.float64)
-        plain = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), x, y, 3.0, dtype)
-        ours = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, block_size=48, **form), x, y, 3.0, dtype)
+    mine, other, scale = torch.zeros(3, 4, dtype=torch.float64)
+    seeds = 6
+    for seed in range(seeds):
+        x, y = embeddings(*shape, seed=seed)
+        x, y = (x * size).to(dtype), (y * size).to(dtype)
+        truth = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), x, y, temperature, torch.float64)
+        plain = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), x, y, temperature, dtype)
+        ours = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, block_size=48, **form), x, y, temperature, dtype)
         for i in range(4):
-            mine[i] += (ours[i].double() - truth[i]).square().mean()
-            other[i] += (plain[i].double() - truth[i]).square().mean()
-            size[i] = max(size[i], truth[i].abs().max())
-    # float32 holds logits of up to 2^5 bits no closer than this, whoever subtracts them
-    floor = 2**5 * torch.finfo(torch.float32).eps * size
-    assert (mine.sqrt() <= 1.5 * other.sqrt() + floor).all(), (mine.sqrt(), other.sqrt(), floor)
+            mine[i] += (ours[i].double() - truth[i]).square().mean() / seeds
+            other[i] += (plain[i].double() - truth[i]).square().mean() / seeds
+            scale[i] += truth[i].square().mean() / seeds
+    # the result's own rounding to float32, at most half of its last place
+    floor = torch.finfo(torch.float32).eps / 2 * scale.sqrt()
+    # a scalar's error is known from a few draws only, to about a third
+    factor = torch.tensor([2.0, 1.5, 1.5, 2.0], dtype=torch.float64)
+    assert (mine.sqrt() <= factor * other.sqrt() + floor).all(), (mine.sqrt(), other.sqrt(), floor)
 
 
 @pytest.mark.parametrize("workspace_bytes", [None, 7 * 4 * 16**2])
