@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from sda_fast.ops.moda_linear import moda_linear_group
+from sda_fast.ops.moda_linear import as_autocast, moda_linear_group
 from sda_fast.ops.quantized import is_4bit, state_of
+
+if TYPE_CHECKING:
+    from sda_fast.moda.fold import FoldedWeights
 
 
 class AdaptedLayer(Protocol):
@@ -17,6 +21,8 @@ class AdaptedLayer(Protocol):
     base_layer: nn.Module
     backend: str
     training: bool
+    cache_folded: bool | str | int
+    folded: FoldedWeights
 
     @property
     def lora_A(self) -> Tensor: ...
@@ -29,10 +35,34 @@ class AdaptedLayer(Protocol):
     @property
     def modality_names(self) -> tuple[str, ...]: ...
     def gates(self) -> Tensor: ...
+    def adapter_tensors(self) -> tuple[Tensor, ...]: ...
 
 
 def apply_group(layers: Sequence[AdaptedLayer], x: Tensor, modality_ids: Tensor | Sequence[int] | int) -> list[Tensor]:
-    """The outputs of layers that share x, dropout, backend and modality names, from one operation."""
+    """The outputs of layers that share x, dropout, backend and modality names.
+
+    From one operation; in evaluation without gradients and with one modality for all, that operation may fold, and
+    layers that keep folded weights use them.
+    """
+    may_fold = not torch.is_grad_enabled() and not any(layer.training for layer in layers)
+    if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
+            for layer in layers:
+                layer.folded.clear()
+        elif may_fold and isinstance(modality_ids, int) and any(keeps_folded(layer, modality_ids) for layer in layers):
+            return [
+                apply_folded(layer, x, modality_ids)
+                if keeps_folded(layer, modality_ids)
+                else apply_in_one(layers[index : index + 1], x, modality_ids, may_fold)[0]
+                for index, layer in enumerate(layers)
+            ]
+    return apply_in_one(layers, x, modality_ids, may_fold)
+
+
+def apply_in_one(
+    layers: Sequence[AdaptedLayer], x: Tensor, modality_ids: Tensor | Sequence[int] | int, may_fold: bool
+) -> list[Tensor]:
+    """`apply_group` by one operation, without kept weights."""
     first = layers[0]
     return moda_linear_group(
         x,
@@ -45,7 +75,24 @@ def apply_group(layers: Sequence[AdaptedLayer], x: Tensor, modality_ids: Tensor 
         biases=[layer.base_layer.bias for layer in layers],  # type: ignore[misc]
         dropout=first.lora_dropout if first.training else 0.0,
         backend=first.backend,
+        may_fold=may_fold,
     )
+
+
+def keeps_folded(layer: AdaptedLayer, modality_id: int) -> bool:
+    """Whether the layer was told to keep its folded weight of this modality."""
+    wanted = layer.cache_folded
+    if isinstance(wanted, bool):
+        return wanted
+    return modality_id == (layer.modality_names.index(wanted) if isinstance(wanted, str) else wanted)
+
+
+def apply_folded(layer: AdaptedLayer, x: Tensor, modality_id: int) -> Tensor:
+    """The layer's output from the folded weight that it keeps."""
+    x = as_autocast(x)
+    weight = layer.folded.get(layer, modality_id, x.dtype)
+    bias: Tensor | None = layer.base_layer.bias  # type: ignore[assignment]
+    return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def frozen_weight(base_layer: nn.Module) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sda_fast.moda.adapted import apply_group
 from sda_fast.moda.config import check_sizes
 from sda_fast.moda.context import current_modality
+from sda_fast.moda.fold import FoldableLayer
 from sda_fast.moda.shared import SharedInput
 from sda_fast.ops.quantized import layer_kind
 
@@ -19,13 +20,14 @@ INITIAL_STD_OF_A = 0.01
 DEFAULT_NAMES = ("image", "text")
 
 
-class MoDALinear(nn.Module):
+class MoDALinear(FoldableLayer):
     """y = x W^T + bias + scaling * sum over experts e of gate_e(modality) * B_e A_e dropout(x) (arXiv 2512.06883).
 
     The gate is softmax(gate_proj gate_embedding[modality]). A starts as N(0, 0.01), read as a standard deviation of
     0.01 (about what LoRA's usual uniform start has for 3584 inputs); B starts at zero, so that the layer starts as the
     frozen one. gate_embedding starts as N(0, 1), gate_proj as U(-1, 1) / sqrt(gate_dim), the defaults of nn.Embedding
-    and nn.Linear.
+    and nn.Linear. In evaluation, without gradients and with one modality for the whole pass, the update may be folded
+    into the weight (docs/folding.md).
 
     Args:
         base_layer: nn.Linear or bitsandbytes Linear4bit; its parameters are frozen here.
@@ -38,6 +40,7 @@ class MoDALinear(nn.Module):
         modality_names: names that `sda_fast.modality` may use; ("image", "text") for up to two modalities by default.
         adapter_dtype: float32 or bfloat16 (float64 for tests); x is never upcast to it.
         backend: "auto", "triton" or "torch", as in `moda_linear`.
+        cache_folded: keep folded weights between passes, see `FoldableLayer`; can be set later.
         generator: a CPU generator for the initial values.
     Raises:
         TypeError: base_layer is neither kind of layer.
@@ -63,6 +66,7 @@ class MoDALinear(nn.Module):
         modality_names: Sequence[str] | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
+        cache_folded: bool | str | int = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -85,6 +89,7 @@ class MoDALinear(nn.Module):
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.modality_names = tuple(modality_names)
         self.backend = backend
+        self.cache_folded = cache_folded
         self.shared_input: SharedInput | None = None
         values = initial_values(
             self.in_features,
@@ -112,6 +117,10 @@ class MoDALinear(nn.Module):
     def gates(self) -> Tensor:
         """The mixture of every modality: [num_modalities, E], rows sum to one; float32 or wider."""
         return gates_from(self.gate_embedding, self.gate_proj)
+
+    def adapter_tensors(self) -> tuple[Tensor, ...]:
+        """All that is trained."""
+        return self.lora_A, self.lora_B, self.gate_embedding, self.gate_proj
 
     def forward(self, x: Tensor, modality_ids: Tensor | Sequence[int] | int | None = None) -> Tensor:
         """The adapted layer.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sda_fast.moda.adapted import apply_group
 from sda_fast.moda.config import ALL_LINEAR, MoDAConfig, check_sizes
 from sda_fast.moda.context import current_modality
+from sda_fast.moda.fold import FoldableLayer
 from sda_fast.moda.inject import share_inputs, target_layers
 from sda_fast.moda.linear import gates_from, initial_values
 from sda_fast.moda.save import PEFT_TYPE
@@ -63,7 +64,7 @@ class MoDAPeftConfig(PeftConfig):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-class MoDATunerLayer(nn.Module, BaseTunerLayer):
+class MoDATunerLayer(FoldableLayer, BaseTunerLayer):
     """A frozen linear layer with named MoDA adapters, one of them active; computes as `MoDALinear` does."""
 
     adapter_layer_names = PARAMETERS
@@ -114,7 +115,7 @@ class MoDATunerLayer(nn.Module, BaseTunerLayer):
     def _active(self, name: str) -> Any:
         return getattr(self, name)[self.active_name]
 
-    # From here to gates: what makes it an AdaptedLayer.
+    # From here to adapter_tensors: what makes it an AdaptedLayer.
     @property
     def lora_A(self) -> Tensor:
         return self._active("moda_A")
@@ -138,6 +139,10 @@ class MoDATunerLayer(nn.Module, BaseTunerLayer):
     def gates(self) -> Tensor:
         """The mixture of every modality of the active adapter, [num_modalities, E]."""
         return gates_from(self._active("moda_gate_embedding"), self._active("moda_gate_proj"))
+
+    def adapter_tensors(self) -> tuple[Tensor, ...]:
+        """All that is trained of the active adapter."""
+        return tuple(self._active(name) for name in PARAMETERS)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `MoDALinear.forward`; the frozen layer alone while adapters are disabled."""

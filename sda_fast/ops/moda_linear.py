@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sda_fast.ops import moda_evaluate  # noqa: F401  (defines an operation)
 from sda_fast.ops.moda_group import layout_numbers, resolve_backend
 from sda_fast.ops.quantized import describe_weight
 
@@ -78,6 +79,7 @@ def moda_linear_group(
     dropout: float = 0.0,
     seed: Tensor | int | None = None,
     backend: str = "auto",
+    may_fold: bool = False,
 ) -> list[Tensor]:
     """`moda_linear` for several layers that read the same x, which is then read once for all of them.
 
@@ -85,13 +87,14 @@ def moda_linear_group(
         weights, lora_A, lora_B, gates, scalings, biases: one entry per layer, as in `moda_linear`; ranks, experts and
             output sizes may differ.
         modality_ids, dropout, seed: shared; one dropout mask serves all layers.
+        may_fold: where gradients are disabled, all rows share their gates and nothing is dropped, compute as
+            `sda_fast::moda_evaluate` sees fit: with the update folded into the weight, or not (docs/folding.md).
     Returns:
         One [..., N] per layer.
     Raises:
         As `moda_linear`.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = as_autocast(x)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     resolved = resolve_backend(backend, x)
@@ -103,8 +106,8 @@ def moda_linear_group(
         check_frozen(weights[index], biases[index], layout.out_features)
         check_gates(x, ids, gates[index])
         layouts += layout_numbers(layout, biases[index] is not None)
-    y, _, _ = torch.ops.sda_fast.moda_group(
-        x.reshape(-1, x.shape[-1]),
+    one_gate = ids is None and all(gate.shape[0] == 1 for gate in gates)
+    frozen_and_adapters = (
         [data for _, data, _ in described],
         [tensor for _, _, statistics in described for tensor in statistics],
         layouts,
@@ -112,13 +115,23 @@ def moda_linear_group(
         list(lora_A),
         list(lora_B),
         gates,
-        ids,
-        list(scalings),
-        dropout,
-        seed_tensor(x, seed) if dropout > 0 else None,
-        resolved,
     )
+    rows = x.reshape(-1, x.shape[-1])
+    if may_fold and one_gate and dropout == 0 and not torch.is_grad_enabled():
+        y = torch.ops.sda_fast.moda_evaluate(rows, *frozen_and_adapters, list(scalings), resolved, backend == "auto")
+    else:
+        drawn = seed_tensor(x, seed) if dropout > 0 else None
+        y, _, _ = torch.ops.sda_fast.moda_group(
+            rows, *frozen_and_adapters, ids, list(scalings), dropout, drawn, resolved
+        )
     return [output.view(*x.shape[:-1], output.shape[1]) for output in y]
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x as `nn.functional.linear` takes it under autocast."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def seed_tensor(x: Tensor, seed: Tensor | int | None) -> Tensor:

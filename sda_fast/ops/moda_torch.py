@@ -102,15 +102,16 @@ def forward(
     else:
         bits = torch.empty(0, dtype=torch.uint8, device=x.device)
         h = (x @ lora_A.t()).to(wide(x.dtype))
-    outputs = []
-    for member in members:
-        bias = None if member.bias is None else member.bias.to(x.dtype)
-        with workspaces.guard(x.device):
-            y = torch.nn.functional.linear(x, member.decoded(x.dtype), bias)
-        h_gated = gated(h[:, member.ranks], gate_of_ranks(member, modality_ids, h.dtype))
-        y.addmm_(h_gated.to(x.dtype), member.lora_B.to(x.dtype).t())
-        outputs.append(y)
-    return outputs, h, bits
+    return [output_of(member, x, h[:, member.ranks], modality_ids) for member in members], h, bits
+
+
+def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None) -> Tensor:
+    """y = x W^T + bias + (h * G) B^T of one layer."""
+    bias = None if member.bias is None else member.bias.to(x.dtype)
+    with workspaces.guard(x.device):
+        y = torch.nn.functional.linear(x, member.decoded(x.dtype), bias)
+    h_gated = gated(h, gate_of_ranks(member, modality_ids, h.dtype))
+    return y.addmm_(h_gated.to(x.dtype), member.lora_B.to(x.dtype).t())
 
 
 def backward(

@@ -191,19 +191,27 @@ def decode(layout: WeightLayout, data: Tensor, statistics: list[Tensor], dtype: 
             return data
         return workspaces.take(elements, dtype, data.device).view(shape).copy_(data)
     absmax = decode_absmax(layout, statistics)
-    data = data.reshape(-1).view(torch.uint8)
+    return decode_scaled(layout, data.reshape(-1).view(torch.uint8), absmax, statistics[1], dtype)
+
+
+def decode_scaled(
+    layout: WeightLayout, codes: Tensor, absmax: Tensor, code: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """`decode` from uint8 codes and block scales; what it needs of memory is taken from `out` [N, K], if given."""
+    shape = (layout.out_features, layout.in_features)
+    elements = layout.out_features * layout.in_features
     if dtype in DECODABLE_BY_BITSANDBYTES and hasattr(torch.ops.bitsandbytes, "dequantize_4bit"):
         operation = torch.ops.bitsandbytes.dequantize_4bit
         name = QUANT_NAMES[layout.quant_type]
-        if data.device.type == "cuda":
-            out = workspaces.take(elements, dtype, data.device).view(shape)
-            operation.out(data, absmax, layout.blocksize, name, shape, dtype, out=out)
+        if codes.device.type == "cuda":
+            out = workspaces.take(elements, dtype, codes.device).view(shape) if out is None else out
+            operation.out(codes, absmax, layout.blocksize, name, shape, dtype, out=out)
             return out
         # bitsandbytes 0.50.2 decodes wrongly on a CPU where blocks straddle rows.
         if layout.in_features % layout.blocksize == 0:
-            return operation.default(data, absmax, layout.blocksize, name, shape, dtype)
-    out = workspaces.take(elements, dtype, data.device)
-    return decode_in_pytorch(layout, data, absmax, statistics[1], out).view(shape)
+            return operation.default(codes, absmax, layout.blocksize, name, shape, dtype)
+    out = workspaces.take(elements, dtype, codes.device) if out is None else out.view(-1)
+    return decode_in_pytorch(layout, codes, absmax, code, out).view(shape)
 
 
 def decode_in_pytorch(layout: WeightLayout, data: Tensor, absmax: Tensor, code: Tensor, out: Tensor) -> Tensor:

@@ -149,6 +149,22 @@ def test_an_adapter_changes_the_vectors_and_brings_its_prompts_along(embed_confi
     assert adapted.metadata["adapter"] == str(trained.adapter)
 
 
+def test_folded_weights_give_the_same_vectors_one_modality_at_a_time(
+    embed_config, finetune_config, tmp_path, monkeypatch
+):
+    trained = finetune(finetune_config(steps=2))
+    plain = read_item_vectors(embed(embed_config(adapter=trained.adapter)))
+    fold_model, folded = embed_job.fold_model, []
+    monkeypatch.setattr(embed_job, "fold_model", lambda model, name: folded.append(name) or fold_model(model, name))
+    output = tmp_path / "folded.safetensors"
+    table = read_item_vectors(embed(embed_config(adapter=trained.adapter, output=output, fold=True)))
+    assert folded == ["image", "text"]
+    for name in ("image", "text"):
+        np.testing.assert_allclose(getattr(table, name), getattr(plain, name), rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="no adapter to fold"):
+        embed_config(fold=True)
+
+
 def test_a_missing_adapter_and_a_vector_that_is_not_finite_are_named(embed_config, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         embed(embed_config(adapter=tmp_path / "nowhere"))

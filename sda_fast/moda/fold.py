@@ -1,0 +1,202 @@
+"""Folded weights that stay: kept per layer and modality if told to, gone when anything they are made of changes.
+
+Without this a layer in evaluation folds anew in every pass (docs/folding.md) and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sda_fast.moda.adapted import AdaptedLayer, frozen_weight
+from sda_fast.ops import cuda_library
+from sda_fast.ops.folding import folded_weight
+from sda_fast.ops.moda_group import resolve_backend
+from sda_fast.ops.moda_linear import ids_and_gates
+from sda_fast.ops.moda_torch import Member
+from sda_fast.ops.quantized import describe_weight
+
+
+class OptimizerSteps:
+    """Counts the steps of all optimizers once the first weight is kept.
+
+    A fused optimizer changes parameters without raising their version.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.counting = False
+
+    def start(self) -> None:
+        if not self.counting:
+            self.counting = True
+            register_optimizer_step_post_hook(self.step)
+
+    def step(self, *arguments: Any) -> None:
+        self.count += 1
+
+
+steps = OptimizerSteps()
+
+
+class Watched:
+    """A tensor as it was: the same object, on the same memory, not written to since."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        if tensor.is_inference():
+            raise RuntimeError(
+                f"a {tensor.dtype} {tuple(tensor.shape)} parameter was made under torch.inference_mode(), which does "
+                "not count changes; make the model outside of it, or do without cache_folded"
+            )
+        self.object = weakref.ref(tensor)
+        # Held, so that the allocator cannot give the same address to other values.
+        self.memory = tensor.data
+        self.version = tensor._version
+
+    def is_still(self, tensor: Tensor) -> bool:
+        return (
+            self.object() is tensor
+            and not tensor.is_inference()
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.memory.data_ptr()
+            and tensor.dtype == self.memory.dtype
+        )
+
+
+class FoldedWeight:
+    """One layer's folded weight for one modality, and what it was made of."""
+
+    def __init__(self, layer: AdaptedLayer, modality_id: int, dtype: torch.dtype) -> None:
+        steps.start()
+        self.dtype, self.scaling, self.steps = dtype, layer.scaling, steps.count
+        self.weight = fold_layer(layer, modality_id, dtype)
+        self.sources = [Watched(tensor) for tensor in sources_of(layer)]
+
+    def is_valid(self, layer: AdaptedLayer, dtype: torch.dtype) -> bool:
+        return (
+            self.dtype == dtype
+            and self.scaling == layer.scaling
+            and self.steps == steps.count
+            and all(w.is_still(tensor) for w, tensor in zip(self.sources, sources_of(layer), strict=True))
+        )
+
+
+def sources_of(layer: AdaptedLayer) -> list[Tensor]:
+    """What a folded weight is made of."""
+    return [frozen_weight(layer.base_layer), *layer.adapter_tensors()]
+
+
+def fold_layer(layer: AdaptedLayer, modality_id: int, dtype: torch.dtype) -> Tensor:
+    """W + scaling * B diag(g) A of a layer for one modality, a new [N, K] in `dtype`."""
+    layout, data, statistics = describe_weight(frozen_weight(layer.base_layer))
+    _, (gates,) = ids_and_gates(data, modality_id, [layer.gates()])
+    ranks = slice(0, layer.lora_A.shape[0])
+    member = Member(layout, data, statistics, None, layer.lora_A, layer.lora_B, gates, layer.scaling, ranks)
+    out = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=data.device)
+    backend = resolve_backend(layer.backend, out)
+    with torch.autocast(data.device.type, enabled=False):
+        use_library = layer.backend == "auto" and cuda_library.is_available(data.device)
+        return folded_weight(member, dtype, backend=backend, use_library=use_library, out=out)
+
+
+class FoldedWeights:
+    """The kept weights of one layer, by modality id. Copies of the layer and files of it start without any."""
+
+    def __init__(self) -> None:
+        self.by_modality: dict[int, FoldedWeight] = {}
+
+    def get(self, layer: AdaptedLayer, modality_id: int, dtype: torch.dtype) -> Tensor:
+        """The layer's folded weight, made now if there is none that still holds; call without gradients.
+
+        Raises:
+            RuntimeError: a parameter's changes cannot be noticed.
+        """
+        kept = self.by_modality.get(modality_id)
+        if kept is None or not kept.is_valid(layer, dtype):
+            # Before the new one is allocated.
+            self.by_modality.pop(modality_id, None)
+            del kept
+            kept = self.by_modality[modality_id] = FoldedWeight(layer, modality_id, dtype)
+        return kept.weight
+
+    def clear(self) -> None:
+        """Free all of them."""
+        self.by_modality.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedWeights:
+        return FoldedWeights()
+
+    def __reduce__(self) -> tuple[type[FoldedWeights], tuple[()]]:
+        return FoldedWeights, ()
+
+
+class FoldableLayer(nn.Module):
+    """What an adapted layer inherits to keep folded weights.
+
+    `cache_folded` says whether to: False (the start), True for every modality that passes, or one modality's name or
+    id. It costs a weight in the dtype of the activations for each; a 4-bit layer then holds four times its size more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache_folded: bool | str | int = False
+        self.folded = FoldedWeights()
+
+    def train(self, mode: bool = True) -> FoldableLayer:
+        """As nn.Module's; training frees the folded weights."""
+        if mode:
+            self.folded.clear()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldableLayer:
+        # Every change of device or dtype comes through here.
+        self.folded.clear()
+        super()._apply(fn, recurse)
+        return self
+
+
+def fold_model(model: nn.Module, modality: str | int) -> None:
+    """From now on the adapted layers keep their folded weight of one modality, in evaluation and without gradients.
+
+    Each layer folds in its first such pass, in the dtype of its input; passes of other modalities fold anew each time.
+    Weights kept before are freed. Memory: one weight in the activations' dtype per adapted layer, so on a 4-bit model
+    about what the 16-bit model takes, on top. Changes of the adapter, by optimizers, loading or any operation that
+    PyTorch counts, are noticed; writing through a parameter's `.data` in place is not: call this again after it.
+
+    Args:
+        model: adapted by `adapt_model` or by PEFT with MoDA.
+        modality: a name that the layers know, or an id.
+    Raises:
+        ValueError: the model has no adapted layer, or one does not know the modality.
+    """
+    for layer in foldable_layers(model):
+        names, count = layer.modality_names, layer.gates().shape[0]  # type: ignore[operator]
+        if (modality not in names) if isinstance(modality, str) else not 0 <= modality < count:  # type: ignore[operator]
+            raise ValueError(f"modality {modality!r} is not among the adapter's {count} modalities {names}")
+    unfold_model(model)
+    for layer in foldable_layers(model):
+        layer.cache_folded = modality
+
+
+def unfold_model(model: nn.Module) -> None:
+    """End `fold_model` and every `cache_folded`: nothing is kept, and what was is freed.
+
+    Raises:
+        ValueError: the model has no adapted layer.
+    """
+    for layer in foldable_layers(model):
+        layer.cache_folded = False
+        layer.folded.clear()
+
+
+def foldable_layers(model: nn.Module) -> list[FoldableLayer]:
+    layers = [module for module in model.modules() if isinstance(module, FoldableLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no adapted layers; call adapt_model or load_adapter first")
+    return layers

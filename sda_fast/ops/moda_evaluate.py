@@ -1,0 +1,131 @@
+"""`sda_fast::moda_evaluate`: layers that share x, in evaluation, every row with the same gates; no gradient.
+
+Layer by layer `fold_regimes` chooses among the folded weight, the update beside the weight, and a small 4-bit product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sda_fast.ops import cuda_library, moda_torch
+from sda_fast.ops.fold_regimes import SIXTEEN_BITS, evaluation_way
+from sda_fast.ops.folding import float32_unless_bfloat16, folded_weight, packed_bytes
+from sda_fast.ops.moda_group import library, members_of, split_layouts
+from sda_fast.ops.moda_torch import Member, gate_of_ranks, wide
+from sda_fast.ops.quantized import workspaces
+
+library.define(
+    "moda_evaluate(Tensor x, Tensor[] weights, Tensor[] statistics, int[] layouts, Tensor[] biases, Tensor[] lora_A, "
+    "Tensor[] lora_B, Tensor[] gates, float[] scalings, str backend, bool may_use_library) -> Tensor[]"
+)
+
+
+def moda_evaluate_kernel(
+    x: Tensor,
+    weights: list[Tensor],
+    statistics: list[Tensor],
+    layouts: list[int],
+    biases: list[Tensor],
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    gates: list[Tensor],
+    scalings: list[float],
+    backend: str,
+    may_use_library: bool,
+) -> list[Tensor]:
+    """`moda_evaluate` on CPU and CUDA."""
+    members = members_of(weights, statistics, layouts, biases, lora_A, lora_B, gates, scalings)
+    use_library = may_use_library and cuda_library.is_available(x.device)
+    ways = [evaluation_way(x, member.layout, backend, use_library) for member in members]
+    with torch.autocast(x.device.type, enabled=False):
+        h = x.new_empty(0) if set(ways) == {"fold"} else project(x, members, backend)
+        outputs = []
+        for member, way in zip(members, ways, strict=True):
+            if way == "fold":
+                outputs.append(folded_output(member, x, backend, use_library))
+            elif way == "small product":
+                outputs.append(small_output(member, x, h[:, member.ranks], use_library))
+            else:
+                outputs.append(unfolded_output(member, x, h[:, member.ranks], backend))
+        return outputs
+
+
+for device_key in ("CPU", "CUDA"):
+    library.impl("moda_evaluate", moda_evaluate_kernel, device_key)
+
+
+@torch.library.register_fake("sda_fast::moda_evaluate", lib=library)
+def moda_evaluate_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    statistics: list[Tensor],
+    layouts: list[int],
+    biases: list[Tensor],
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    gates: list[Tensor],
+    scalings: list[float],
+    backend: str,
+    may_use_library: bool,
+) -> list[Tensor]:
+    M, K = x.shape
+    widths = [layout.in_features for layout, _ in split_layouts(layouts)]
+    torch._check(all(width == K for width in widths), lambda: f"x has {K} features, the layers take {widths}")
+    return [x.new_empty(M, layout.out_features) for layout, _ in split_layouts(layouts)]
+
+
+def project(x: Tensor, members: Sequence[Member], backend: str) -> Tensor:
+    """h = x A^T of all layers, [M, sum of R]."""
+    if backend == "triton":
+        from sda_fast.ops import moda_triton
+
+        return moda_triton.project(x, moda_triton.stacked_A(members))
+    return (x @ moda_torch.stacked_A(members, x.dtype).t()).to(wide(x.dtype))
+
+
+def folded_output(member: Member, x: Tensor, backend: str, use_library: bool) -> Tensor:
+    """y = x (W + scaling * B diag(g) A)^T + bias; the sum of weights is rounded once, to the dtype of x."""
+    bias = None if member.bias is None else member.bias.to(x.dtype)
+    with workspaces.guard(x.device):
+        weight = folded_weight(member, x.dtype, backend=backend, use_library=use_library)
+        return torch.nn.functional.linear(x, weight, bias)
+
+
+def small_output(member: Member, x: Tensor, h: Tensor, use_library: bool) -> Tensor:
+    """The same for few rows without a decoded weight: the update is added to the float32 sum."""
+    layout = member.layout
+    bias = None if member.bias is None else member.bias.to(x.dtype)
+    lora_B = float32_unless_bfloat16(member.lora_B).contiguous()
+    if use_library and x.dtype in SIXTEEN_BITS:
+        hidden = h * gate_of_ranks(member, None, torch.float32)
+        return cuda_library.linear(x, layout, member.weight, member.statistics, bias, hidden, lora_B)
+    from sda_fast.kernels.moda_forward import with_unit_columns
+    from sda_fast.kernels.nf4 import small_linear_4bit
+
+    return small_linear_4bit(
+        with_unit_columns(x),
+        packed_bytes(member),
+        member.statistics,
+        layout.out_features,
+        layout.blocksize,
+        layout.nested_blocksize,
+        bias=bias,
+        h=h,
+        lora_B=lora_B,
+        gates=member.gates.contiguous(),
+        modality_ids=torch.zeros(1, dtype=torch.int64, device=x.device),
+        scaling=member.scaling,
+        rows_per_sequence=max(1, x.shape[0]),
+    )
+
+
+def unfolded_output(member: Member, x: Tensor, h: Tensor, backend: str) -> Tensor:
+    """As in training."""
+    if backend == "triton":
+        from sda_fast.ops import moda_triton
+
+        return moda_triton.output_of(member, x, h, None)
+    return moda_torch.output_of(member, x, h, None)
