@@ -1,0 +1,101 @@
+"""The planner's command: what it reads, what it says, and how it looks for the largest chunk."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from sda_fast.plan import PlanConfig, bytes_of, largest_that_fits, plan
+from sda_fast.planning.cards import GIB, card_named
+
+
+@pytest.mark.parametrize(("words", "number"), [("12GiB", 12 * GIB), ("1.5 gb", 1_500_000_000), ("77", 77)])
+def test_sizes_are_read(words, number):
+    assert bytes_of(words) == number
+
+
+def test_a_size_that_cannot_be_read_is_an_error():
+    with pytest.raises(ValueError, match="expected a size like 12GiB, got 'much'"):
+        PlanConfig(model="m", gpu_memory="much")
+
+
+def test_cards_are_found_by_words_of_their_names():
+    assert card_named("h200").memory == 141
+    with pytest.raises(ValueError, match="several cards match 'a100'"):
+        card_named("a100")
+    with pytest.raises(ValueError, match="no card match"):
+        card_named("Voodoo 2")
+
+
+@pytest.mark.parametrize("memory", [5, 24, 37, 100, 400])
+def test_the_search_finds_the_largest_chunk_that_fits_within_few_runs(memory):
+    reserved = bytes_of("0.75GiB")
+    runs = []
+
+    def step(size):
+        runs.append(size)
+        return SimpleNamespace(peak=max(10, 8 + 3 * size) * GIB)
+
+    limit = memory * GIB + reserved
+    found = largest_that_fits(step, lambda one: one.peak + reserved <= limit, limit, 32, {})
+    best = max((size for size in range(1, 33) if max(10, 8 + 3 * size) <= memory), default=None)
+    assert (found is None) if best is None else (found.peak == max(10, 8 + 3 * best) * GIB)
+    assert len(runs) <= 6 and len(set(runs)) == len(runs)
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tmp_path_factory):
+    """config.json of a Qwen2.5-VL with two layers."""
+    from sda_fast.planning.model import preset_configs
+
+    config = preset_configs()["Qwen/Qwen2.5-VL-7B-Instruct"].to_dict()
+    config["text_config"] |= {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 152064, "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+    }  # fmt: skip
+    config["vision_config"] |= {
+        "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 128,
+        "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_the_page_names_settings_parts_and_assumptions(tiny_config):
+    answer = plan(
+        PlanConfig(
+            model=str(tiny_config), text_tokens=40, image_tokens=9, batch_size=4, chunk_sizes=(1, 4), search=False
+        )
+    )
+    chunked, whole = answer.lines
+    assert (chunked.chunk_size, whole.chunk_size) == (1, None)
+    assert chunked.parts["weights"] == whole.parts["weights"]
+    assert chunked.kept < whole.kept
+    assert whole.parts["workspaces"] >= 2 * 256 * 128
+    page = str(answer)
+    assert "all 4" in page and "RTX 3060 12GB" in page and "40 tokens in a text" in page
+
+
+def test_a_large_batch_costs_hardly_more_memory_than_a_small_one_in_the_same_chunks(tiny_config):
+    def peak(batch_size):
+        config = PlanConfig(
+            model=str(tiny_config),
+            text_tokens=40,
+            image_tokens=9,
+            batch_size=batch_size,
+            chunk_sizes=(4,),
+            search=False,
+        )
+        return plan(config).lines[0].peak
+
+    # Vectors, their gradients and the loss's tiles: 128 wide here, in float32.
+    assert peak(256) - peak(8) < 256 * 128 * 4 * 8 + 3 * 256 * 256 * 4
+
+
+def test_without_items_and_lengths_the_planner_says_what_is_missing(tiny_config):
+    with pytest.raises(ValueError, match="give items, or text_tokens"):
+        plan(PlanConfig(model=str(tiny_config)))
