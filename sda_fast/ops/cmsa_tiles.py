@@ -121,7 +121,7 @@ class TorchTiles:
         self.x, self.y, self.form, self.block_size = x, y, form, block_size
         self.dtype = compute_dtype(x.dtype)
         self.temperature = float(temperature)
-        self.scales = Scales.at(self.temperature)
+        self._logits_scale, self._teacher_scale = (float(scale) for scale in Scales.at(self.temperature))
         edge = min(block_size, len(x))
         self._buffers = torch.empty(self.BUFFERS, edge * edge, dtype=self.dtype, device=x.device)
 
@@ -185,17 +185,17 @@ class TorchTiles:
     def _side_statistics(
         self, own: Tensor, other: Tensor, S: Tensor | None, rows: Span, columns: Span, dim: int
     ) -> Tensor:
-        own_lse, _, _ = self._exponentials(3, own, dim, self.scales.logits)
-        other_lse, _, _ = self._exponentials(3, other, dim, self.scales.logits)
+        own_lse, _, _ = self._exponentials(3, own, dim, self._logits_scale)
+        other_lse, _, _ = self._exponentials(3, other, dim, self._logits_scale)
         if S is None:
             target_logits = torch.zeros_like(own_lse)
             diagonal = _diagonal(own, rows, columns)
             if diagonal is not None:
                 start, stop = _overlap(rows, columns)
                 first = (rows if dim == 1 else columns)[0]
-                target_logits[start - first : stop - first] = 2 * self.scales.logits * diagonal.double()
+                target_logits[start - first : stop - first] = 2 * self._logits_scale * diagonal.double()
             return torch.stack([own_lse, other_lse, torch.zeros_like(own_lse), target_logits])
-        teacher_lse, weights, sums = self._exponentials(3, S, dim, self.scales.teacher)
+        teacher_lse, weights, sums = self._exponentials(3, S, dim, self._teacher_scale)
         logits = own
         if self.form.row_normalized:
             logits = torch.add(own, other, out=self._buffer(4, rows, columns))
@@ -203,7 +203,7 @@ class TorchTiles:
         reference = logits.gather(dim, S.argmax(dim, keepdim=True))
         relative = torch.sub(logits, reference, out=self._buffer(4, rows, columns))
         mean = (relative.mul_(weights).sum(dim) / sums).double() + reference.squeeze(dim).double()
-        return torch.stack([own_lse, other_lse, teacher_lse, self.form.same_weight * self.scales.logits * mean])
+        return torch.stack([own_lse, other_lse, teacher_lse, self.form.same_weight * self._logits_scale * mean])
 
     def target_sums(self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> tuple[Tensor, Tensor | None]:
         """Sums over the tile's other side.
@@ -217,8 +217,8 @@ class TorchTiles:
         c_high, c_low = vectors[2:]
         row_part, column_part = slice(*rows), slice(*columns)
         S = self._teacher(2, rows, columns)
-        T = self._below(3, S, vectors[:2, row_part], 1, self.scales.teacher).exp2_()
-        T_transposed = self._below(4, S, vectors[:2, column_part], 0, self.scales.teacher).exp2_()
+        T = self._below(3, S, vectors[:2, row_part], 1, self._teacher_scale).exp2_()
+        T_transposed = self._below(4, S, vectors[:2, column_part], 0, self._teacher_scale).exp2_()
 
         def sums(targets: Tensor, transposed: Tensor, other: slice) -> Tensor:
             by_other = torch.stack([torch.ones_like(c_high[other]), c_high[other], c_low[other]], dim=1)
@@ -236,7 +236,7 @@ class TorchTiles:
         q = statistics[10]
         row_part, column_part = slice(*rows), slice(*columns)
         same, other = self.form.same_weight, self.form.other_weight
-        for_logits, for_teacher = self.scales
+        for_logits, for_teacher = self._logits_scale, self._teacher_scale
         L = self._logits(0, self.x, self.y, rows, columns)
         M = self._logits(1, self.y, self.x, rows, columns)
         P = self._below(3, L, r[:, row_part], 1, for_logits).exp2_()

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sda_fast import CMSALoss, InfoNCELoss, cached_contrastive_step
+from sda_fast import CMSALoss, InfoNCELoss, cached_contrastive_step, modality
 from sda_fast.losses.chunking import CachedContrastiveStep, choose_chunk_size, split_batch
+from sda_fast.moda.config import MoDAConfig
+from sda_fast.moda.inject import adapt_model
 
 
 class Encoder(nn.Module):
@@ -66,6 +68,54 @@ def test_cached_step_equals_direct_step_with_dropout_on(checkpointing, loss_type
         results.append([value.detach(), *gradients(encoder, loss), torch.rand(3)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def tiny_llama(tuning):
+    """A float64 Llama in training mode, tuned by MoDA, by LoRA (one expert), or whole; dropout in every case."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    config.attention_dropout = 0.2
+    config._attn_implementation = "eager"
+    model = transformers.LlamaModel(config)
+    if tuning != "full":
+        adapt_model(model, MoDAConfig(r=4, num_experts=2 if tuning == "MoDA" else 1, lora_dropout=0.3, gate_dim=4))
+    model = model.double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("tuning", ["MoDA", "LoRA", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cached_step_equals_direct_step_of_an_adapted_language_model(tuning, checkpointing):
+    images, texts = torch.randint(40, (2, 7, 5), generator=torch.Generator().manual_seed(2))
+    results = []
+    for cached in (True, False):
+        model, loss = tiny_llama(tuning), CMSALoss()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+        def encode(chunk, name, model=model):
+            with modality(name):
+                return model(chunk, use_cache=False).last_hidden_state.mean(1)
+
+        torch.manual_seed(7)
+        if cached:
+            value = cached_contrastive_step(encode, images.split(3), texts.split(3), loss)
+        else:
+            value = direct_step(encode, loss, images, texts, 3)
+            value.backward()
+        trained = [p.grad.clone() for p in [*model.parameters(), *loss.parameters()] if p.requires_grad]
+        assert any(gradient.abs().max() > 1e-4 for gradient in trained[:-1])
+        results.append([value.detach(), *trained, torch.rand(3)])
+    for a, b in zip(*results, strict=True):
+        # adapters may compute in float32
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_cached_step_under_autocast_equals_direct_step():
