@@ -25,7 +25,7 @@ def world(tmp_path_factory):
     model = build_tiny_lvlm(
         items, folder / "model", pretrain_steps=0, hidden_size=64, num_layers=2, image_side=56, vocab_size=400
     )
-    return model, items.items
+    return model, items.items, paths.items
 
 
 def config_for(model, **changes):
@@ -100,7 +100,7 @@ def planned_step(model, config, chunks, card=None):
 
 @pytest.mark.parametrize(("quantization", "checkpointing"), [("none", False), ("nf4", True)])
 def test_planned_bytes_are_those_of_the_real_step(world, quantization, checkpointing):
-    model, items = world
+    model, items, _ = world
     config = config_for(model, quantization=quantization, gradient_checkpointing=checkpointing)
     real, chunks = real_step(model, items, config)
     step = planned_step(model, config, chunks)
@@ -108,3 +108,21 @@ def test_planned_bytes_are_those_of_the_real_step(world, quantization, checkpoin
     assert step.parts["optimizer"] == real["optimizer"]
     assert step.parts["weights"] == real["weights"]
     assert step.kept == pytest.approx(real["activations"], rel=0.01)
+
+
+def test_lengths_come_from_the_items_by_the_model_s_own_processor_or_are_estimated(world):
+    from sda_fast.lvlm.collate import ImageOptions
+    from sda_fast.lvlm.load import read_config
+    from sda_fast.lvlm.prompts import PromptConfig
+    from sda_fast.plan import PlanConfig, plan
+    from sda_fast.planning.batch import estimated_lengths
+
+    model, items, path = world
+    settings = {"batch_size": 4, "chunk_sizes": (4,), "max_pixels": 56 * 56, "quantization": "none", "search": False}
+    answer = plan(PlanConfig(model=str(model), items=path, **settings))
+    assert "processor" in answer.lengths.source
+    assert 0 < answer.lengths.text_share <= 1 and answer.lines[0].seconds > 0
+    options = ImageOptions(max_pixels=56 * 56)
+    chosen = {"text_tokens": None, "image_tokens": None}
+    estimated = estimated_lengths(read_config(model), items, PromptConfig(), options, **chosen)
+    assert estimated.grid == (2, 2) and "4 characters a token" in estimated.source
