@@ -22,7 +22,7 @@ from sda_fast import MoDALinear
 from sda_fast.data.atomic import write_json_atomic
 from sda_fast.ops.fold_regimes import forced_evaluation
 
-SHAPES = ((512, 512), (1536, 1536), (256, 1536), (1536, 4096))
+SHAPES = ((512, 512), (1024, 1024), (256, 1536))
 ROWS_BY_RATIO = (0.25, 0.5, 1, 2, 4, 8)
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def record(N: int, K: int, rows: int, dtype: torch.dtype, four_bit: bool) -> dic
             return layer(x, 1)
 
     one, other = step("fold").float(), step("unfold").float()
-    if not (one - other).norm() <= 2 * torch.finfo(dtype).eps * other.norm():
+    if not (one - other).norm() <= K**0.5 * torch.finfo(dtype).eps * other.norm():
         raise SystemExit(f"folded and unfolded differ for N={N}, K={K}, rows={rows}, {dtype}")
     ways = {way: lambda way=way: step(way) for way in ("fold", "unfold")}
     times = time_in_turns(ways, CPU, rounds=20, seconds=0.5)

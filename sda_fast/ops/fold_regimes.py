@@ -8,8 +8,9 @@ Folding costs about as much as N * K elements' worth of work, the update beside 
 folding pays from `rows >= RATIO * N * K / (N + K)` on. Where a kernel decodes a 4-bit weight anyway, folding is free of
 extra bytes and always chosen.
 
-Measured on: CPU ratios by `bench/fold_speed.py` (the device, versions and times are in bench/results/fold-cpu.json).
-GPU: not measured; the ratio counts bytes (20 per weight element and fold, 4 N + 2 K per row otherwise, N = K).
+Measured on: CPU, float32 and bfloat16 at rank 8 (`bench/fold_speed.py`, whose results file bench/results/fold-cpu.json
+names the device); float16 is taken to be as bfloat16, float64 as float32. GPU: not measured; the ratio counts bytes (20
+per weight element and fold, 4 N + 2 K per row otherwise, N = K).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from sda_fast.ops.quantized import WeightLayout
 EvaluationWay = Literal["fold", "unfold", "small product"]
 LARGEST_SMALL_M = 64
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-# By device type and bytes per element of x. Rank 8; both costs grow alike with the rank.
-RATIOS = {("cpu", 2): 4.0, ("cpu", 4): 1.0, ("cpu", 8): 1.0, ("cuda", 2): 7.0, ("cuda", 4): 7.0, ("cuda", 8): 7.0}
+# By device type and bytes per element of x.
+RATIOS = {("cpu", 2): 4.0, ("cpu", 4): 2.0, ("cpu", 8): 2.0, ("cuda", 2): 7.0, ("cuda", 4): 7.0, ("cuda", 8): 7.0}
 
 _forced: ContextVar[EvaluationWay | None] = ContextVar("sda_fast_evaluation_way", default=None)
 
