@@ -2,6 +2,7 @@
 
     python -m pytest bench/test_bench_cmsa.py                     # B = 1024 and 4096, D = 256
     CMSA_BENCH_ITEMS=16384 CMSA_BENCH_METHODS="sda_fast cmsa,plain cmsa" python -m pytest bench/test_bench_cmsa.py
+    CMSA_BENCH_DIMENSIONS=768 python -m pytest bench/test_bench_cmsa.py
 
 Each method runs in a process of its own, since a process's peak memory cannot be taken back. A result replaces the one
 of the same method and size in the file. On a shared machine compare `cpu_seconds` with OMP_NUM_THREADS=1.
@@ -26,7 +27,7 @@ METHODS = os.environ.get(
     "CMSA_BENCH_METHODS",
     "plain cmsa,sda_fast cmsa,checkpointed cmsa,compiled cmsa,plain infonce,sda_fast infonce",
 ).split(",")
-DIMENSIONS = 256
+DIMENSIONS = int(os.environ.get("CMSA_BENCH_DIMENSIONS", "256"))
 REPEATS = int(os.environ.get("CMSA_BENCH_REPEATS", "3"))
 
 
@@ -69,6 +70,10 @@ def test_loss(benchmark, method: str, items: int) -> None:
         f"'{part}'" if " " in part else part for part in command[1:]
     )
     benchmark.extra_info.update(result)
-    plain = [r for r in record(result) if r["method"] == "plain " + method.split()[-1] and r["B"] == items]
+    plain = [
+        r
+        for r in record(result)
+        if r["method"] == "plain " + method.split()[-1] and (r["B"], r["D"]) == (items, DIMENSIONS)
+    ]
     if plain:
         assert result["loss"] == pytest.approx(plain[0]["loss"], rel=1e-4), "a wrong answer has no speed"
