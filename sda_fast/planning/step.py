@@ -18,7 +18,8 @@ from sda_fast.jobs.train_state import make_loss, make_optimizer, moda_config
 from sda_fast.jobs.train_step import ContrastiveStep, training_mode
 from sda_fast.lvlm.encode import tower_features
 from sda_fast.lvlm.load import LVLM
-from sda_fast.moda.inject import adapt_model
+from sda_fast.moda.inject import adapt_model, named_moda_layers
+from sda_fast.ops.quantized import is_4bit, workspaces
 from sda_fast.planning.cards import Card
 from sda_fast.planning.gpu import LIBRARY_WORKSPACE_BYTES, as_on_a_gpu
 from sda_fast.planning.ledger import HOST, PARTS, Ledger
@@ -162,6 +163,8 @@ def plan_step(
             batch = batch_of(ledger, chunks, config)
         library = torch.empty(LIBRARY_WORKSPACE_BYTES if card is not None else 0, dtype=torch.uint8)
         ledger.adopt([library], "workspaces")
+        if card is not None:
+            warm_workspace(lvlm)
         ledger.reset_peak()
         ledger.seconds.clear()
         ledger.flops.clear()
@@ -183,6 +186,14 @@ def plan_step(
         summed(ledger.seconds, step.runs, shares) if card is not None else None,
         summed(ledger.flops, step.runs, shares),
     )
+
+
+def warm_workspace(lvlm: LVLM) -> None:
+    """Take the workspace for decoded weights, which outlives the first step."""
+    packed = [layer for _, layer in named_moda_layers(lvlm.model) if is_4bit(layer.weight)]
+    if packed:
+        largest = max(layer.in_features * layer.out_features for layer in packed)
+        workspaces.take(largest, lvlm.model.dtype, lvlm.device)
 
 
 def batch_of(ledger: Ledger, chunks: Mapping[str, Mapping[str, Tensor]], config: FinetuneConfig) -> Batch:

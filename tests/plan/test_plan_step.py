@@ -107,7 +107,8 @@ def test_planned_bytes_are_those_of_the_real_step(world, quantization, checkpoin
     assert step.parts["adapters"] == real["adapters"]
     assert step.parts["optimizer"] == real["optimizer"]
     assert step.parts["weights"] == real["weights"]
-    assert step.kept == pytest.approx(real["activations"], rel=0.01)
+    tolerance = 0 if checkpointing else 0.01
+    assert step.kept == pytest.approx(real["activations"], rel=tolerance, abs=0)
 
 
 def test_lengths_come_from_the_items_by_the_model_s_own_processor_or_are_estimated(world):
