@@ -11,6 +11,7 @@ LAYERS = {
     "up": (3584, 18944),
     "down": (18944, 3584),
     "k": (3584, 512),
+    "medium": (1024, 1024),
     "small": (512, 512),
 }
 ROWS = (1, 16, 64, 512, 2048, 8192, 32768)
@@ -46,6 +47,8 @@ def experts_and_ranks(layer: str, rows: int) -> list[Case]:
 CPU_QUICK = [
     *(case("q", 1024, dropout) for dropout in DROPOUTS),
     *(case("k", 1024, dropout) for dropout in DROPOUTS),
+    *(case("medium", 8192, dropout) for dropout in DROPOUTS),
+    *(case("small", 2048, dropout) for dropout in DROPOUTS),
     case("small", 1, 0.0),
     case("small", 256, 0.1),
     case("small", 256, 0.1, base="nf4"),
@@ -57,7 +60,7 @@ CPU_FULL = [
     *(case(layer, 256, dropout) for layer in ("up", "down") for dropout in DROPOUTS),
     *experts_and_ranks("q", 1024),
     case("q", 1024, 0.1, base="nf4"),
-    *(case("small", rows, 0.1) for rows in (2048, 8192, 32768)),
+    *(case("small", rows, 0.1) for rows in (8192, 32768)),
 ]
 GPU_QUICK = [
     case("q", 8192, 0.1),

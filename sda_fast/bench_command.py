@@ -22,7 +22,7 @@ class BenchConfig:
 
     quick: bool = setting(True, "the short table of cases; --no-quick measures the whole one")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to measure; auto takes a GPU if there is one")
-    layers: tuple[str, ...] = setting((), "only these layers: q, up, down, k (of Qwen2.5-VL-7B) or small")
+    layers: tuple[str, ...] = setting((), "only these layers: q, up, down, k (of Qwen2.5-VL-7B), medium or small")
     methods: tuple[str, ...] = setting((), 'only these methods, for example MoDA "frozen layer" "PEFT LoRA"')
     seconds: float = setting(4.0, "how long each case is timed per pass")
     compile_cases: int | None = setting(
