@@ -8,7 +8,9 @@ sample >= round(p * 65536). Kept values are multiplied by 1 / (1 - round(p * 655
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +18,8 @@ MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 7
 WORD = 0xFFFFFFFF
-# Counters worked on at once: few enough for the second-level cache, many enough to hide the cost of a call.
-COUNTERS_PER_CHUNK = 65536
+# Counters worked on at once, a power of two: few enough for the second-level cache, many enough to hide a call's cost.
+COUNTERS_PER_CHUNK = 16384
 # Multiplying eight bytes that are 0 or 1 by this number collects them as bits in the top byte.
 GATHER_BITS = 0x0102040810204080
 
@@ -66,7 +68,7 @@ def keep_mask(rows: int, columns: int, dropout: float, seed: int, device: torch.
 
 
 def keep_bits(rows: int, columns: int, dropout: float, seed: Tensor) -> Tensor:
-    """`keep_mask` packed, computed chunk by chunk in place.
+    """`keep_mask` packed, computed chunk by chunk.
 
     Args:
         seed: one int64 element on the device to compute on.
@@ -74,50 +76,61 @@ def keep_bits(rows: int, columns: int, dropout: float, seed: Tensor) -> Tensor:
         uint8 [rows, ceil(columns / 8)]; bit j of a byte is column 8 * byte + j.
     """
     groups = -(-columns // 8)
-    counters = rows * groups
-    bits = torch.empty(counters, dtype=torch.uint8, device=seed.device)
+    bits = torch.empty(rows * groups, dtype=torch.uint8, device=seed.device)
     threshold = dropout_threshold(dropout)
     if threshold >= 65536:
         return bits.zero_().view(rows, groups)
-    # Python integers are the faster operand on a CPU; elsewhere reading them would stop the stream.
-    key = int(seed) if seed.device.type == "cpu" else seed.reshape(())
-    chunk = min(counters, COUNTERS_PER_CHUNK)
-    scratch = [torch.empty(chunk, dtype=torch.int64, device=seed.device) for _ in range(6)]
-    words = torch.empty(chunk, 4, dtype=torch.int32, device=seed.device)
-    for first in range(0, counters, COUNTERS_PER_CHUNK):
-        n = min(COUNTERS_PER_CHUNK, counters - first)
-        four = philox_in_place([buffer[:n] for buffer in scratch], first, key)
-        for lane, word in enumerate(four):
-            words[:n, lane].copy_(word)
-        # The sign bit is flipped so that signed comparison orders the samples as unsigned.
-        samples = words[:n].view(torch.int16).bitwise_xor_(-32768)
-        kept = (samples >= threshold - 32768).view(torch.int64).view(n)
-        bits[first : first + n] = kept.mul_(GATHER_BITS).bitwise_right_shift_(56).bitwise_and_(0xFF)
+    # NumPy's calls and integer loops cost half of PyTorch's on a CPU; elsewhere reading the seed would stop the stream.
+    on_cpu = seed.device.type == "cpu"
+    key: Any = int(seed) if on_cpu else seed.reshape(())
+    for first in range(0, bits.numel(), COUNTERS_PER_CHUNK):
+        chunk = bits[first : first + COUNTERS_PER_CHUNK]
+        if on_cpu:
+            chunk.numpy()[:] = packed_by_numpy(first, chunk.numel(), threshold, key)
+        else:
+            chunk.copy_(packed_by_pytorch(first, chunk.numel(), threshold, key))
     return bits.view(rows, groups)
 
 
-def philox_in_place(scratch: list[Tensor], first: int, seed: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The words of counters first, first + 1, ...; above bit 31 they hold rubbish.
+def packed_by_numpy(first: int, count: int, threshold: int, seed: int) -> np.ndarray:
+    """The packed mask of counters first to first + count - 1, whose upper words are alike."""
+    low = first & WORD
+    words = np.empty((count, 4), np.uint32)
+    for lane, word in enumerate(philox_rounds(np.arange(low, low + count, dtype=np.uint64), first >> 32, 0, 0, seed)):
+        words[:, lane] = word
+    return np.packbits(words.view(np.uint16) >= threshold, bitorder="little")
 
-    `scratch` is six int64 buffers of the wanted length. A value is cut to 32 bits only where a product needs it.
+
+def packed_by_pytorch(first: int, count: int, threshold: int, seed: Tensor) -> Tensor:
+    """`packed_by_numpy` on the device of the seed."""
+    c0 = torch.arange(first, first + count, device=seed.device)
+    c1, c2, c3 = c0 >> 32, torch.zeros_like(c0), torch.zeros_like(c0)
+    words = torch.stack(philox_rounds(c0.bitwise_and_(WORD), c1, c2, c3, seed), dim=1).to(torch.int32)
+    # The sign bit is flipped so that signed comparison orders the samples as unsigned.
+    kept = words.view(torch.int16).bitwise_xor_(-32768) >= threshold - 32768
+    return kept.view(torch.int64).view(count).mul_(GATHER_BITS).bitwise_right_shift_(56).bitwise_and_(0xFF)
+
+
+def philox_rounds(c0: Any, c1: Any, c2: Any, c3: Any, seed: Any) -> tuple[Any, Any, Any, Any]:
+    """The four output words from the four input words, in 64-bit arrays of NumPy or PyTorch that it overwrites.
+
+    With NumPy a word that is the same everywhere may be an integer, which makes the first rounds cheaper. Above bit 31
+    the results hold rubbish: a value is cut to 32 bits only where a product needs it.
     """
-    c0, c1, c2, c3, product_0, product_1 = scratch
-    torch.arange(first, first + c0.numel(), out=c0)
-    torch.bitwise_right_shift(c0, 32, out=c1)
-    c0.bitwise_and_(WORD)
-    c2.zero_()
-    c3.zero_()
     for round_index in range(ROUNDS):
         key_0 = ((seed & WORD) + round_index * WEYL_0) & WORD
         key_1 = (((seed >> 32) & WORD) + round_index * WEYL_1) & WORD
-        torch.mul(c0, MULTIPLIER_0, out=product_0)
-        torch.mul(c2, MULTIPLIER_1, out=product_1)
-        torch.bitwise_right_shift(product_1, 32, out=c0)
-        c0.bitwise_xor_(c1).bitwise_xor_(key_0).bitwise_and_(WORD)
-        torch.bitwise_right_shift(product_0, 32, out=c2)
-        c2.bitwise_xor_(c3).bitwise_xor_(key_1).bitwise_and_(WORD)
-        c1, product_1 = product_1, c1
-        c3, product_0 = product_0, c3
+        c0 *= MULTIPLIER_0
+        c2 *= MULTIPLIER_1
+        next_0 = c2 >> 32
+        next_0 ^= c1
+        next_0 ^= key_0
+        next_0 &= WORD
+        next_2 = c0 >> 32
+        next_2 ^= c3
+        next_2 ^= key_1
+        next_2 &= WORD
+        c0, c1, c2, c3 = next_0, c2, next_2, c0
     return c0, c1, c2, c3
 
 

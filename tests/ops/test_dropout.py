@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sda_fast.ops.dropout import drop, dropout_scale, dropout_threshold, keep_bits, keep_mask, philox_words
+from sda_fast.ops.dropout import (
+    drop,
+    dropout_scale,
+    dropout_threshold,
+    keep_bits,
+    keep_mask,
+    packed_by_numpy,
+    packed_by_pytorch,
+    philox_words,
+)
 
 SHAPES = [(1, 1), (1, 17), (17, 8), (3, 129), (129, 40), (0, 16)]
 
@@ -66,3 +75,13 @@ def test_scale_makes_the_expectation_exact() -> None:
     assert dropout_scale(0.1) * (1 - 6554 / 65536) == pytest.approx(1, abs=1e-15)
     assert dropout_scale(0.999999) == 0.0
     assert not keep_bits(3, 9, 0.999999, torch.tensor([1])).any()
+
+
+@pytest.mark.parametrize("first", [0, 2**32 - 64, 2**32, 2**45 + 64])
+@pytest.mark.parametrize("seed", [0, 2**32 + 7, 2**63 - 1])
+def test_both_ways_of_packing_follow_the_plain_words(first: int, seed: int) -> None:
+    words = philox_words(torch.arange(first, first + 64), seed)
+    samples = torch.stack((words & 0xFFFF, words >> 16), dim=2).view(64, 8)
+    packed = ((samples >= 30000) << torch.arange(8)).sum(1)
+    assert packed_by_numpy(first, 64, 30000, seed).tolist() == packed.tolist()
+    assert packed_by_pytorch(first, 64, 30000, torch.tensor(seed)).tolist() == packed.tolist()
