@@ -4,9 +4,9 @@
 repository root it is then only a namespace, and an installed distribution whose import name is `kernels`
 (transformers and bitsandbytes look for it) wins over it.
 
-The CUDA library is built when a CUDA compiler and a CUDA build of torch are at hand; nothing but speed depends on it.
-SDA_FAST_CUDA=1 makes it an error not to build it, SDA_FAST_CUDA=0 forbids it. An isolated build environment has no
-torch: `pip install --no-build-isolation .` builds with the torch that is installed.
+The CUDA library is built when a CUDA compiler and a CUDA build of torch are at hand, torch being the one installed
+beside the interpreter that pip runs; nothing but speed depends on it. SDA_FAST_CUDA=1 makes it an error not to build it
+and builds it for a torch without CUDA too, SDA_FAST_CUDA=0 forbids it.
 """
 
 import os
@@ -42,7 +42,7 @@ def extensions():
         sys.exit(f"SDA_FAST_CUDA must be 0, 1 or auto, got {choice!r}")
     if choice == "0":
         return []
-    reason = csrc["reason_not_to_build"]()
+    reason = csrc["reason_not_to_build"](forced=choice == "1")
     if reason is None:
         return [Extension(LIBRARY, sources=[], optional=choice == "auto")]
     if choice == "1":

@@ -3,11 +3,15 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 
 #include "launchers.h"
+
+// The one symbol that a torch without CUDA lacks: the library loads there too, and its operations have no tensors to take.
+#pragma weak aoti_torch_get_current_cuda_stream
 
 namespace {
 
@@ -128,7 +132,8 @@ void decode_fold_4bit(Tensor packed, Tensor code, Tensor absmax, OptionalTensor 
 
 void linear_4bit(Tensor x, Tensor packed, Tensor code, Tensor absmax, OptionalTensor nested_code,
                  OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size,
-                 OptionalTensor bias, OptionalTensor hidden, OptionalTensor lora_B, double code_multiplier, Tensor out) {
+                 OptionalTensor bias, OptionalTensor hidden, OptionalTensor lora_B, double code_multiplier, Tensor out,
+                 int64_t splits) {
   check_output(out);
   check_dense(x, "x");
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == out.size(0) && x.scalar_type() == out.scalar_type(),
@@ -161,6 +166,13 @@ void linear_4bit(Tensor x, Tensor packed, Tensor code, Tensor absmax, OptionalTe
   }
   const sda::PackedWeight weight = packed_weight(packed, code, absmax, nested_code, nested_absmax, nested_offset, block_size,
                                                  nested_block_size, linear.N * linear.K);
+  STD_TORCH_CHECK(splits >= 0 && splits <= 1024, "splits must be 0 (chosen here) to 1024, got ", splits);
+  linear.splits = sda::linear_splits(weight, linear, int(splits));
+  OptionalTensor parts;  // held until the launch is queued
+  if (linear.splits > 1) {
+    parts = torch::stable::new_empty(out, {linear.splits, linear.M, linear.N}, ScalarType::Float);
+    linear.parts = static_cast<float*>(parts->mutable_data_ptr());
+  }
   check_launch(sda::linear(weight, linear, current_stream(out)));
 }
 
@@ -175,7 +187,7 @@ STABLE_TORCH_LIBRARY(sda_fast_cuda, library) {
   library.def("decode_fold_4bit(" SDA_WEIGHT_SCHEMA
               "Tensor lora_A, Tensor lora_B, Tensor gates, float scaling, Tensor(a!) out) -> ()");
   library.def("linear_4bit(Tensor x, " SDA_WEIGHT_SCHEMA
-              "Tensor? bias, Tensor? hidden, Tensor? lora_B, float code_multiplier, Tensor(a!) out) -> ()");
+              "Tensor? bias, Tensor? hidden, Tensor? lora_B, float code_multiplier, Tensor(a!) out, int splits=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sda_fast_cuda, CUDA, library) {

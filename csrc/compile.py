@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,33 +34,56 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def reason_not_to_build() -> str | None:
-    """Why the library cannot be built here, or None if it can."""
+def reason_not_to_build(*, forced: bool = False) -> str | None:
+    """Why the library cannot be built here, or None if it can; with a torch without CUDA it is built if forced."""
     if os.name != "posix":
         return "the CUDA library is built on Linux only"
     if find_nvcc() is None:
         return "no CUDA compiler was found (set CUDA_HOME)"
-    if find_spec("torch") is None:
-        return "torch is not in the build environment (use `pip install --no-build-isolation .`)"
-    import torch
-
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA"
+    try:
+        torch = runpy.run_path(str(torch_folder() / "version.py"))
+    except FileNotFoundError as error:
+        return str(error)
+    if torch["cuda"] is None and not forced:
+        return f"torch {torch['__version__']} is a build without CUDA (SDA_FAST_CUDA=1 builds all the same)"
     return None
 
 
 def torch_folder() -> Path:
-    """Where torch keeps its headers and libraries."""
+    """Where torch keeps its headers and libraries; it is never imported.
+
+    pip's isolated builds run the environment's own interpreter and hide its packages from imports, so that torch is
+    looked for in its package folders as well.
+
+    Raises:
+        FileNotFoundError: torch is in none of them.
+    """
     specification = find_spec("torch")
-    if specification is None or specification.origin is None:
-        raise RuntimeError("torch is not installed")
-    return Path(specification.origin).parent
+    if specification is not None and specification.origin is not None:
+        return Path(specification.origin).parent
+    prefixes = dict.fromkeys((sys.prefix, sys.base_prefix))
+    packages = [sysconfig.get_path("platlib", vars={"base": prefix, "platbase": prefix}) for prefix in prefixes]
+    for folder in packages:
+        if (Path(folder) / "torch" / "version.py").is_file():
+            return Path(folder) / "torch"
+    raise FileNotFoundError(f"torch is not installed for this interpreter (looked in {', '.join(packages)})")
 
 
 def gencode_flags() -> list[str]:
-    """Machine code for each target, and PTX of the newest for later chips."""
-    flags = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS]
-    return [*flags, f"-gencode=arch=compute_{TARGETS[-1]},code=compute_{TARGETS[-1]}"]
+    """Machine code for each target, and PTX of the last for later chips.
+
+    Targets of one generation are made from the same PTX, that of the first: the front end runs once for them all.
+    """
+    generations: dict[str, list[str]] = {}
+    for target in TARGETS:
+        generations.setdefault(target[:-1] if target.isdigit() else target, []).append(target)
+    flags = []
+    for targets in generations.values():
+        codes = [f"sm_{target}" for target in targets]
+        if targets[-1] == TARGETS[-1]:
+            codes.append(f"compute_{targets[0]}")
+        flags.append(f"-gencode=arch=compute_{targets[0]},code=[{','.join(codes)}]")
+    return flags
 
 
 def object_command(source: str, output: Path) -> list[str]:

@@ -37,8 +37,12 @@ struct LinearArguments {
   float code_multiplier;  // the code is rounded to x's kind as code * code_multiplier
   int rank;
   int64_t M, N, K;
+  int splits;             // from linear_splits
+  float* parts;           // [splits, M, N], or null with one split
 };
 bool linear_has_fast_path(const PackedWeight& weight, const LinearArguments& arguments);
+// Into how many parts K is split among CTAs: `wanted`, or with 0 what fills the device; at most as many as K has steps.
+int linear_splits(const PackedWeight& weight, const LinearArguments& arguments, int wanted);
 cudaError_t linear(const PackedWeight& weight, const LinearArguments& arguments, cudaStream_t stream);
 
 }  // namespace sda

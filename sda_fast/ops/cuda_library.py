@@ -18,6 +18,7 @@ from sda_fast.ops.quantized import QUANT_TYPES, WeightLayout
 logger = logging.getLogger(__name__)
 
 LIBRARY_PATH = Path(__file__).with_name("libsda_fast_cuda.so")
+OPERATIONS = ("decode_4bit", "decode_fold_4bit", "linear_4bit")
 LARGEST_SMALL_M = 64
 # The code is rounded to 16 bits as code * multiplier, and the multiplier divided out of the float32 sum. FP4 becomes
 # exact; for NF4 in bfloat16 1.4367 minimises the rounding error (7.8e-4 of the weight, a decoded weight has 1.6e-3).
@@ -25,24 +26,36 @@ CODE_MULTIPLIERS = {QUANT_TYPES["nf4"]: 1.4367, QUANT_TYPES["fp4"]: 3.0}
 
 
 @cache
-def load() -> bool:
-    """Load the library once; False where it was not built, cannot be loaded, or there is no CUDA device."""
-    if not LIBRARY_PATH.is_file() or not torch.cuda.is_available():
-        return False
+def load(path: Path) -> str | None:
+    """Load the library once; returns why it cannot be, None once it is."""
+    if not path.is_file():
+        return f"it was not built (no {path.name} beside {Path(__file__).name}; docs/csrc.md says how)"
     try:
-        torch.ops.load_library(LIBRARY_PATH)
+        torch.ops.load_library(path)
     except OSError as error:
-        logger.warning("%s cannot be loaded, Triton is used instead: %s", LIBRARY_PATH, error)
-        return False
-    for name in ("decode_4bit", "decode_fold_4bit", "linear_4bit"):
+        logger.warning("%s cannot be loaded, Triton is used instead: %s", path, error)
+        return f"it cannot be loaded: {error}"
+    for name in OPERATIONS:
         torch.library.register_fake(f"sda_fast_cuda::{name}", lambda *arguments: None)
-    return True
+    return None
+
+
+def reason_unavailable(device: torch.device | str = "cuda") -> str | None:
+    """Why tensors on `device` cannot be given to the library, None if they can."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return f"it takes CUDA tensors, not those of {device.type!r}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device, or torch is a build without CUDA"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
+    return load(LIBRARY_PATH)
 
 
 def is_available(device: torch.device | str = "cuda") -> bool:
     """Whether tensors on `device` can be given to the library: it loads and the device has capability 8.0 or later."""
-    device = torch.device(device)
-    return device.type == "cuda" and load() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return reason_unavailable(device) is None
 
 
 def weight_arguments(layout: WeightLayout, data: Tensor, statistics: list[Tensor]) -> tuple[object, ...]:
@@ -110,6 +123,7 @@ def linear(
     bias: Tensor | None = None,
     hidden: Tensor | None = None,
     lora_B: Tensor | None = None,
+    splits: int = 0,
 ) -> Tensor:
     """Small product with a 4-bit weight, x W^T + bias + hidden B^T, accumulated in float32 and rounded once.
 
@@ -119,6 +133,7 @@ def linear(
         bias: [N] of x's dtype.
         hidden: [M, R] float32, the gated h * G of the low-rank part; needs lora_B.
         lora_B: [N, R] float32 or bfloat16.
+        splits: into how many parts K is split where N alone does not fill the device; 0 chooses.
     Returns:
         [M, N] of x's dtype.
     """
@@ -127,5 +142,5 @@ def linear(
     hidden = None if hidden is None else hidden.float().contiguous()
     lora_B = None if lora_B is None else lora_B.contiguous()
     multiplier = CODE_MULTIPLIERS[layout.quant_type]
-    torch.ops.sda_fast_cuda.linear_4bit(x.contiguous(), *weight, bias, hidden, lora_B, multiplier, out)
+    torch.ops.sda_fast_cuda.linear_4bit(x.contiguous(), *weight, bias, hidden, lora_B, multiplier, out, splits)
     return out

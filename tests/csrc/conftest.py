@@ -1,8 +1,11 @@
-"""Builds the host emulation of the CUDA kernels once per test session."""
+"""Compiles once for every state of the sources: the host emulation of the CUDA kernels, and what nvcc makes of them."""
 
 import ctypes
+import hashlib
+import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -74,33 +77,71 @@ class EmulatedKernels:
         )
         return out
 
-    def linear(self, x, packed, state, bias, hidden, lora_B, code_multiplier, out) -> bool:
-        """Fills out; returns whether the tensor-core path was taken."""
+    def linear(self, x, packed, state, bias, hidden, lora_B, code_multiplier, out, splits=1) -> int:
+        """Fills out; returns into how many parts K was split, 0 if the path for any shape was taken."""
         rows, columns = state.shape
-        return bool(
-            self.library.emulated_linear(
-                ctypes.byref(self.weight(packed, state)),
-                *(ctypes.c_void_p(pointer(tensor)) for tensor in (x, bias, hidden, lora_B, out)),
-                SCALAR_KINDS[x.dtype],
-                SCALAR_KINDS[torch.float32 if lora_B is None else lora_B.dtype],
-                ctypes.c_float(code_multiplier),
-                0 if hidden is None else hidden.shape[1],
-                ctypes.c_int64(x.shape[0]),
-                ctypes.c_int64(rows),
-                ctypes.c_int64(columns),
-            )
+        return self.library.emulated_linear(
+            ctypes.byref(self.weight(packed, state)),
+            *(ctypes.c_void_p(pointer(tensor)) for tensor in (x, bias, hidden, lora_B, out)),
+            SCALAR_KINDS[x.dtype],
+            SCALAR_KINDS[torch.float32 if lora_B is None else lora_B.dtype],
+            ctypes.c_float(code_multiplier),
+            0 if hidden is None else hidden.shape[1],
+            ctypes.c_int64(x.shape[0]),
+            ctypes.c_int64(rows),
+            ctypes.c_int64(columns),
+            splits,
         )
 
 
+class BuildCache:
+    """Compiled files in pytest's cache folder, named by a hash of what they are made of."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def build(self, command: list[str], sources: Iterable[Path], suffix: str = ".o") -> tuple[Path, str]:
+        """What `command` makes when `-o FILE` is added, with what it printed.
+
+        Args:
+            command: the compiler's.
+            sources: every file of ours that it reads.
+        """
+        key = hashlib.sha256(version_of(command[0]).encode())
+        for part in (*command, *(path.read_text() for path in sorted(sources))):
+            key.update(part.encode() + b"\0")
+        output = self.folder / f"{key.hexdigest()[:24]}{suffix}"
+        report = output.with_suffix(".txt")
+        if not (output.exists() and report.exists()):
+            # Beside its place, then renamed: another process may be at the same.
+            unfinished = output.with_suffix(f".{os.getpid()}.tmp")
+            done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            report.write_text(done.stdout + done.stderr)
+            unfinished.rename(output)
+        return output, report.read_text()
+
+
+def version_of(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+
 @pytest.fixture(scope="session")
-def emulated_kernels(tmp_path_factory) -> EmulatedKernels:
+def build_cache(request, tmp_path_factory) -> BuildCache:
+    if request.config.pluginmanager.hasplugin("cacheprovider"):
+        return BuildCache(Path(request.config.cache.mkdir("csrc")))
+    return BuildCache(tmp_path_factory.mktemp("csrc"))
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(build_cache) -> EmulatedKernels:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ not found: the kernels cannot be emulated on the host")
-    library = tmp_path_factory.mktemp("emulator") / "libemulated_kernels.so"
-    here = ROOT / "tests" / "csrc"
+    here, csrc = ROOT / "tests" / "csrc", ROOT / "csrc"
     command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-DSDA_EMULATE"]
-    command += [f"-I{here}", f"-I{ROOT / 'csrc'}", "-x", "c++", str(here / "emulated_kernels.cpp")]
-    command += [str(ROOT / "csrc" / name) for name in KERNEL_FILES]
-    subprocess.run([*command, "-o", str(library)], check=True)
+    command += [f"-I{here}", f"-I{csrc}", "-x", "c++", str(here / "emulated_kernels.cpp")]
+    command += [str(csrc / name) for name in KERNEL_FILES]
+    sources = [*csrc.glob("*.*"), here / "emulated_kernels.cpp", here / "emulator.h"]
+    library, _ = build_cache.build(command, sources, suffix=".so")
     return EmulatedKernels(ctypes.CDLL(str(library)))

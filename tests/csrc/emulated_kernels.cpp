@@ -35,9 +35,11 @@ int emulated_decode_fold(const WeightArguments* weight, const void* lora_A, cons
   return sda::decode_fold(to_weight(*weight), fold, out, sda::ScalarKind(out_kind), nullptr);
 }
 
+// Returns into how many parts K was split, or 0 if the path for any shape was taken.
 int emulated_linear(const WeightArguments* weight, const void* x, const void* bias, const void* hidden, const void* lora_B,
-                    void* out, int kind, int lora_kind, float code_multiplier, int rank, int64_t M, int64_t N, int64_t K) {
-  const sda::LinearArguments arguments{x,
+                    void* out, int kind, int lora_kind, float code_multiplier, int rank, int64_t M, int64_t N, int64_t K,
+                    int wanted_splits) {
+  sda::LinearArguments arguments{x,
                                        bias,
                                        static_cast<const float*>(hidden),
                                        lora_B,
@@ -48,10 +50,18 @@ int emulated_linear(const WeightArguments* weight, const void* x, const void* bi
                                        rank,
                                        M,
                                        N,
-                                       K};
+                                       K,
+                                       1,
+                                       nullptr};
   const sda::PackedWeight packed = to_weight(*weight);
-  const int fast = sda::linear_has_fast_path(packed, arguments);
+  if (!sda::linear_has_fast_path(packed, arguments)) {
+    sda::linear(packed, arguments, nullptr);
+    return 0;
+  }
+  arguments.splits = sda::linear_splits(packed, arguments, wanted_splits);
+  std::vector<float> parts(arguments.splits * M * N, std::nanf(""));
+  arguments.parts = parts.data();
   sda::linear(packed, arguments, nullptr);
-  return fast;
+  return arguments.splits;
 }
 }

@@ -4,6 +4,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -27,10 +28,12 @@ struct uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
-struct Index3 {
-  unsigned x;
+struct dim3 {
+  unsigned x, y;
+  dim3(unsigned x = 0, unsigned y = 1) : x(x), y(y) {}
 };
-inline Index3 threadIdx, blockIdx, blockDim, gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+using std::min;
 
 using cudaStream_t = void*;
 using cudaError_t = int;
@@ -120,15 +123,17 @@ inline void run_block() {
   }
 }
 
-inline void run(unsigned grid, unsigned threads, const std::function<void()>& kernel) {
+inline void run(dim3 grid, unsigned threads, const std::function<void()>& kernel) {
   body = &kernel;
-  gridDim.x = grid;
+  gridDim = grid;
   blockDim.x = threads;
   if (fibers.size() < threads) {
     fibers.resize(threads);
     stacks.resize(threads * kStackBytes);
   }
-  for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) run_block();
+  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block();
+  }
 }
 
 }  // namespace emulation

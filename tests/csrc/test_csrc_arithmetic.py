@@ -120,7 +120,7 @@ LINEAR_CASES = [
 @pytest.mark.parametrize(("M", "N", "K", "block_size", "fast"), LINEAR_CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_is_no_less_accurate_than_decode_then_multiply(emulated_kernels, M, N, K, block_size, fast, dtype):
-    for quant_type, nested in (("nf4", True), ("fp4", False)):
+    for quant_type, nested, splits in (("nf4", True, 1), ("fp4", False, 3)):
         multiplier = CODE_MULTIPLIERS[QUANT_TYPES[quant_type]]
         packed, state = quantised((N, K), quant_type=quant_type, block_size=block_size, nested=nested, seed=M + N)
         generator = torch.Generator().manual_seed(K)
@@ -129,7 +129,8 @@ def test_linear_is_no_less_accurate_than_decode_then_multiply(emulated_kernels, 
         hidden = torch.randn(M, 8, generator=generator)
         lora_B = torch.randn(N, 8, generator=generator)
         out = poisoned(M, N, dtype=dtype)
-        assert emulated_kernels.linear(x, packed, state, bias, hidden, lora_B, multiplier, out) == fast
+        parts = emulated_kernels.linear(x, packed, state, bias, hidden, lora_B, multiplier, out, splits)
+        assert bool(parts) == fast and parts <= splits
         weight = decoded(packed, state, torch.float32).double()
         update = bias.double() + hidden.double() @ lora_B.double().T
         exact = x.double() @ weight.T + update
@@ -150,6 +151,54 @@ def test_linear_without_bias_and_update(emulated_kernels):
     assert emulated_kernels.linear(x, packed, state, None, None, None, 1.4367, out)
     exact = x.double() @ decoded(packed, state, torch.float32).double().T
     torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=0.02)
+
+
+# M, N, K, block size, splits asked for, splits made
+SPLIT_CASES = [
+    (1, 40, 1152, 64, 3, 3),
+    (8, 17, 320, 64, 4, 3),
+    (3, 33, 96, 32, 2, 2),
+    (16, 24, 1152, 128, 7, 5),
+    (20, 70, 512, 256, 5, 4),
+    (64, 65, 640, 64, 99, 10),
+    (40, 16, 160, 32, 2, 2),
+]
+
+
+@pytest.mark.parametrize(("M", "N", "K", "block_size", "wanted", "made"), SPLIT_CASES)
+def test_parts_of_k_add_up_to_the_whole_and_always_to_the_same_bits(
+    emulated_kernels, M, N, K, block_size, wanted, made
+):
+    generator = torch.Generator().manual_seed(M)
+    packed, state = quantised((N, K), block_size=block_size, seed=N)
+    x, bias = (torch.randn(*shape, generator=generator).half() for shape in ((M, K), (N,)))
+    hidden, lora_B = torch.randn(M, 8, generator=generator), torch.randn(N, 8, generator=generator)
+
+    def product(splits):
+        out = poisoned(M, N, dtype=torch.float16)
+        return emulated_kernels.linear(x, packed, state, bias, hidden, lora_B, 1.4367, out, splits), out
+
+    (parts, split), (_, again), (_, whole) = product(wanted), product(wanted), product(1)
+    assert parts == made
+    assert torch.equal(split, again)
+    # The order of float32 sums differs, and so at most the last place of the rounded result.
+    magnitude = x.double().abs() @ decoded(packed, state, torch.float32).double().abs().T
+    allowed = 2 * FLOAT16_HALF_ULP * whole.double().abs() + K * 2.0**-24 * magnitude + 2.0**-24
+    assert ((split.double() - whole.double()).abs() <= allowed).all()
+
+
+def test_k_is_split_only_where_rows_leave_multiprocessors_idle(emulated_kernels):
+    # The emulated device has two multiprocessors: four CTAs are wanted, two of the largest kernel.
+    def parts(M, N, K):
+        packed, state = quantised((N, K))
+        out = poisoned(M, N, dtype=torch.bfloat16)
+        return emulated_kernels.linear(torch.ones(M, K).bfloat16(), packed, state, None, None, None, 1.0, out, 0)
+
+    assert parts(1, 16, 64 * 256) == 4
+    assert parts(1, 32, 64 * 256) == 2
+    assert parts(1, 64, 64 * 256) == 1
+    assert parts(33, 64, 64 * 16) == 2
+    assert parts(1, 16, 64 * 64) == 1, "a part would have a single round of loads"
 
 
 def test_code_multipliers_lower_the_rounding_error_of_nf4_and_make_fp4_exact():

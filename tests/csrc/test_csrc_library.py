@@ -12,8 +12,17 @@ def test_cpu_tensors_are_never_sent_to_the_library():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_nothing_is_loaded_without_a_device():
+def test_without_a_device_the_library_says_so():
     assert not cuda_library.is_available()
+    assert "no CUDA device" in cuda_library.reason_unavailable()
+
+
+def test_a_library_that_was_not_built_or_is_broken_says_so(tmp_path, caplog):
+    assert "was not built" in cuda_library.load(tmp_path / "absent.so")
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    assert "cannot be loaded" in cuda_library.load(broken)
+    assert "Triton is used instead" in caplog.text
 
 
 def test_plain_weights_are_refused():
