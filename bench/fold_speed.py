@@ -19,7 +19,7 @@ from torch import nn
 from layers import device_name, versions
 from measure import percentile, ratio, time_in_turns
 from sda_fast import MoDALinear
-from sda_fast.data.atomic import write_json_atomic
+from sda_fast.atomic import write_json_atomic
 from sda_fast.ops.fold_regimes import forced_evaluation
 
 SHAPES = ((512, 512), (1024, 1024), (256, 1536))

@@ -26,7 +26,7 @@ from baselines.moda_layers import COMPILED, FROZEN, METHODS, OURS, PEFT, Contest
 from cases import Case, cases
 from check_layers import Checker, build
 from measure import PERCENTILES, Step, bytes_kept, peak_bytes, percentile, ratio, time_in_turns
-from sda_fast.data.atomic import write_json_atomic
+from sda_fast.atomic import write_json_atomic
 
 logger = logging.getLogger(__name__)
 

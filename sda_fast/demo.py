@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sda_fast.arguments import setting
-from sda_fast.data.atomic import write_json_atomic
+from sda_fast.atomic import write_json_atomic
 from sda_fast.data.synthetic import SyntheticPaths, generate_catalogue
 from sda_fast.pipeline import PipelineConfig, StageClock, run_pipeline
 

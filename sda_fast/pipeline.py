@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sda_fast.arguments import setting
-from sda_fast.data.atomic import write_json_atomic
+from sda_fast.atomic import write_json_atomic
 from sda_fast.data.items import read_items
 from sda_fast.embed import EmbedConfig, embed
 from sda_fast.lvlm.prompts import PromptConfig

@@ -1,6 +1,6 @@
 """Catalogues, pictures, interactions, splits and tables of vectors: reading, checking, writing."""
 
-from sda_fast.data.atomic import (
+from sda_fast.atomic import (
     atomic_write,
     write_bytes_atomic,
     write_json_atomic,

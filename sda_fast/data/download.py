@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from sda_fast.data.atomic import atomic_write, write_text_atomic
+from sda_fast.atomic import atomic_write, write_text_atomic
 
 logger = logging.getLogger(__name__)
 

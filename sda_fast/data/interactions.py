@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sda_fast.data.atomic import write_bytes_atomic
+from sda_fast.atomic import write_bytes_atomic
 from sda_fast.data.errors import DataError, log_warnings
 from sda_fast.data.items import Catalogue, check_id
 from sda_fast.data.lines import read_lines, split_fields

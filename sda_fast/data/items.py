@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sda_fast.data.atomic import write_bytes_atomic
+from sda_fast.atomic import write_bytes_atomic
 from sda_fast.data.errors import DataError, log_warnings
 from sda_fast.data.lines import read_lines
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sda_fast.data.atomic import atomic_write, write_safetensors_atomic, write_text_atomic
+from sda_fast.atomic import atomic_write, write_safetensors_atomic, write_text_atomic
 from sda_fast.data.items import Catalogue, Item, read_items, write_items
 from sda_fast.data.synthetic_model import FACTORS, SHOWN_IN, SyntheticTruth, TasteModel, factor_vectors, simulate
 from sda_fast.data.synthetic_pictures import contact_sheet, draw_item

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sda_fast.data.atomic import atomic_write
+from sda_fast.atomic import atomic_write
 
 CATEGORIES = ("mug", "lamp", "chair", "vase", "clock", "bag", "bottle", "book", "bowl", "kite")
 PATTERNS = ("plain", "stripes", "dots", "checks", "zigzag", "rings")

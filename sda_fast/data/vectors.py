@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sda_fast.data.atomic import write_safetensors_atomic
+from sda_fast.atomic import write_safetensors_atomic
 from sda_fast.data.errors import DataError
 
 _TENSORS = ("image", "text", "vectors")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sda_fast.data.atomic import write_safetensors_atomic
+from sda_fast.atomic import write_safetensors_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sda_fast.data.atomic import write_safetensors_atomic
+from sda_fast.atomic import write_safetensors_atomic
 
 _ROWS_PER_BLOCK = 8192
 

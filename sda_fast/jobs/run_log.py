@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sda_fast.data.atomic import write_text_atomic
+from sda_fast.atomic import write_text_atomic
 
 logger = logging.getLogger(__name__)
 

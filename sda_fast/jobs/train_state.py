@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sda_fast.data.atomic import write_json_atomic, write_text_atomic
+from sda_fast.atomic import write_json_atomic, write_text_atomic
 from sda_fast.jobs import checkpoint
 from sda_fast.jobs.fingerprint import versions
 from sda_fast.jobs.model_card import model_card

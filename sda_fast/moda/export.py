@@ -5,7 +5,6 @@ scaling * sum_e g_e B_e A_e = scaling * (B diag(g)) A: exactly one LoRA of the t
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sda_fast.atomic import write_json_atomic, write_safetensors_atomic
 from sda_fast.moda.config import MoDAConfig
 from sda_fast.moda.linear import gates_from
-from sda_fast.moda.save import CONFIG_FILE, WEIGHTS_FILE, AdapterMismatchError, read_adapter, replace_file
+from sda_fast.moda.save import CONFIG_FILE, WEIGHTS_FILE, AdapterMismatchError, read_adapter
 
 
 def gated_lora(tensors: dict[str, Tensor], config: MoDAConfig, modality: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -49,8 +49,6 @@ def export_lora(adapter: str | os.PathLike[str], output: str | os.PathLike[str],
         FileNotFoundError: there is no adapter.
         ValueError: the adapter does not know the modality.
     """
-    from safetensors.torch import save_file
-
     config, tensors, base_model_name = read_adapter(adapter)
     lora = gated_lora(tensors, config, modality_id(config, modality))
     weights = {}
@@ -58,10 +56,8 @@ def export_lora(adapter: str | os.PathLike[str], output: str | os.PathLike[str],
         weights[f"base_model.model.{layer}.lora_A.weight"] = lora_A.contiguous()
         weights[f"base_model.model.{layer}.lora_B.weight"] = lora_B.contiguous()
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_lora_config(config, list(lora), base_model_name), indent=2) + "\n"
-    replace_file(output / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    replace_file(output / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_safetensors_atomic(output / WEIGHTS_FILE, weights, {"format": "pt"})
+    write_json_atomic(output / CONFIG_FILE, lora_config(config, list(lora), base_model_name))
     return output
 
 
@@ -103,7 +99,7 @@ def modality_id(config: MoDAConfig, modality: str | int) -> int:
     return modality
 
 
-def _lora_config(config: MoDAConfig, layers: list[str], base_model_name: str | None) -> dict[str, Any]:
+def lora_config(config: MoDAConfig, layers: list[str], base_model_name: str | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": None,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sda_fast.atomic import write_json_atomic, write_safetensors_atomic
 from sda_fast.moda.config import MoDAConfig
 from sda_fast.moda.inject import adapt_model, named_moda_parameters
 
@@ -39,16 +39,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, base_model
     Raises:
         ValueError: the model is not adapted.
     """
-    from safetensors.torch import save_file
-
     config = config_of(model)
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    tensors = {saved_name(name): value.detach().contiguous() for name, value in named_moda_parameters(model)}
+    tensors = {saved_name(name): value.detach() for name, value in named_moda_parameters(model)}
     description = {"peft_type": PEFT_TYPE, "base_model_name_or_path": base_model_name, **config.as_dict()}
-    text = json.dumps(description, indent=2) + "\n"
-    replace_file(target / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    replace_file(target / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_safetensors_atomic(target / WEIGHTS_FILE, tensors, {"format": "pt"})
+    write_json_atomic(target / CONFIG_FILE, description)
 
 
 def saved_name(name: str) -> str:
@@ -62,18 +58,6 @@ def loaded_name(name: str) -> str:
     layer, _, parameter = name.removeprefix(TENSOR_PREFIX).rpartition(".")
     ours = {saved: own for own, saved in SAVED_NAMES.items()}
     return f"{layer}.{ours[parameter]}" if parameter in ours else name
-
-
-def replace_file(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside the target, flush it to the disk, and rename it over the target."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def config_of(model: nn.Module) -> MoDAConfig:

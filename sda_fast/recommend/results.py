@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sda_fast.data.atomic import write_json_atomic
+from sda_fast.atomic import write_json_atomic
 from sda_fast.recommend.ranking import GROUPS, METRICS, PROTOCOLS
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
-from sda_fast.data.atomic import write_json_atomic, write_safetensors_atomic
+from sda_fast.atomic import write_json_atomic, write_safetensors_atomic
 from sda_fast.data.interactions import read_interactions
 from sda_fast.data.items import read_items
 from sda_fast.data.split import Split, leave_one_out

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from sda_fast.data.atomic import atomic_write
+from sda_fast.atomic import atomic_write
 from sda_fast.recommend.results import ResultRow
 from sda_fast.report.tables import BASELINE, METRIC_NAMES, RECOMMENDER_NAMES
 

@@ -314,7 +314,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.
     model = adapted()
     save_adapter(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr("sda_fast.moda.save.os.replace", lambda *paths: 1 / 0)
+    monkeypatch.setattr("sda_fast.atomic.os.replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_adapter(adapted(num_experts=2), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
