@@ -10,6 +10,7 @@ import html
 import json
 import logging
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -151,8 +152,8 @@ def _read_reviews(path: Path, version: Version, min_rating: float | None) -> tup
     user_field, item_field, time_field, rating_field, per_second = _REVIEW_FIELDS[version]
     users: dict[str, int] = {}
     items: dict[str, int] = {}
-    table: list[tuple[int, int]] = []
-    times: list[float] = []
+    # Arrays of plain numbers: the largest categories have tens of millions of reviews.
+    user_column, item_column, time_column = array("i"), array("i"), array("d")
     counts: Counter[str] = Counter(reviews=0, reviews_below_min_rating=0)
     for line_number, row in tqdm(_read_rows(path), desc="reviews", unit="row"):
         counts["reviews"] += 1
@@ -169,11 +170,11 @@ def _read_reviews(path: Path, version: Version, min_rating: float | None) -> tup
             continue
         user = check_id(row[user_field], user_field, path, line_number)
         item = check_id(row[item_field], item_field, path, line_number)
-        table.append((users.setdefault(user, len(users)), items.setdefault(item, len(items))))
-        times.append(time)
-    positions = np.array(table, dtype=np.int32).reshape(-1, 2)
-    timestamps = np.array(times, dtype=np.float64)
-    return Interactions(list(users), list(items), positions[:, 0], positions[:, 1], timestamps), counts
+        user_column.append(users.setdefault(user, len(users)))
+        item_column.append(items.setdefault(item, len(items)))
+        time_column.append(time)
+    columns = [np.array(user_column, np.int32), np.array(item_column, np.int32), np.array(time_column, np.float64)]
+    return Interactions(list(users), list(items), *columns), counts
 
 
 def _read_metadata(path: Path, version: Version, wanted: set[str], counts: Counter[str]) -> dict[str, dict[str, Any]]:
@@ -193,10 +194,9 @@ def _read_metadata(path: Path, version: Version, wanted: set[str], counts: Count
 
 def _attributes(row: dict[str, Any], version: Version) -> dict[str, object]:
     if version == "2014":
-        paths = row.get("categories") or []
-        brand, categories, features = row.get("brand"), (paths[0] if paths else []), None
+        brand, categories, features = row.get("brand"), _first_path(row), None
     elif version == "2018":
-        brand, categories, features = row.get("brand"), row.get("category"), row.get("feature")
+        brand, categories, features = row.get("brand"), row.get("category") or _first_path(row), row.get("feature")
     else:
         details = row.get("details")
         named = details.get("Brand") if isinstance(details, dict) else None
@@ -211,11 +211,18 @@ def _attributes(row: dict[str, Any], version: Version) -> dict[str, object]:
     }
 
 
+def _first_path(row: dict[str, Any]) -> object:
+    paths = row.get("categories") or []
+    return paths[0] if isinstance(paths, list) and paths else []
+
+
 def _addresses(row: dict[str, Any], version: Version) -> list[str]:
     if version == "2014":
         urls = [row.get("imUrl")]
     elif version == "2018":
-        urls = [(row.get(name) or [None])[0] for name in ("imageURLHighRes", "imageURL")]
+        # Lists in the files, single addresses in the page's own sample, `image` in the first release.
+        found = [row.get(name) or [None] for name in ("imageURLHighRes", "imageURL", "image")]
+        urls = [one if isinstance(one, str) else one[0] for one in found]
     else:
         pictures = [picture for picture in row.get("images") or [] if isinstance(picture, dict)]
         pictures.sort(key=lambda picture: picture.get("variant") != "MAIN")

@@ -4,46 +4,44 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from sda_fast.arguments import setting
 from sda_fast.data.amazon import Version, convert_amazon
 from sda_fast.data.movielens import convert_movielens
 from sda_fast.data.synthetic import generate_catalogue
-
-
-def _help(text: str) -> dict[str, Any]:
-    return {"help": text}
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     """What to convert and how; docs/inputs.md describes the formats."""
 
-    source: Literal["amazon", "movielens"] = field(metadata=_help("which public data set"))
-    output: Path = field(metadata=_help("folder for items.jsonl, interactions.tsv and, for amazon, images/"))
+    source: Literal["amazon", "movielens"] = field(metadata={"help": "which public data set"})
+    output: Path = field(metadata={"help": "folder for items.jsonl, interactions.tsv and, for amazon, images/"})
     metadata: Path = field(
-        metadata=_help("amazon: meta_*.json.gz or meta_*.jsonl.gz; movielens: folder with movies.csv and ratings.csv")
+        metadata={
+            "help": "amazon: meta_*.json.gz or meta_*.jsonl.gz; movielens: folder with movies.csv and ratings.csv"
+        }
     )
-    reviews: Path | None = field(default=None, metadata=_help("amazon: the reviews file of the same version"))
-    version: Version | None = field(default=None, metadata=_help("amazon: default by the metadata's fields"))
-    images: Path | None = field(
-        default=None, metadata=_help("folder with <item id>.jpg; default: amazon downloads, movielens has none")
-    )
-    download: bool = field(default=True, metadata=_help("amazon: fetch pictures where no folder is given"))
-    workers: int = field(default=8, metadata=_help("amazon: pictures fetched at a time"))
-    k: int = field(default=5, metadata=_help("users and items with fewer interactions are removed; 0 keeps all"))
-    min_rating: float | None = field(default=None, metadata=_help("leave out interactions with fewer stars"))
+    reviews: Path | None = setting(None, "amazon: the reviews file of the same version")
+    version: Version | None = setting(None, "amazon: default by the metadata's fields")
+    images: Path | None = setting(None, "folder with <item id>.jpg; default: amazon downloads, movielens has none")
+    download: bool = setting(True, "amazon: fetch pictures where no folder is given")
+    workers: int = setting(8, "amazon: pictures fetched at a time")
+    retries: int = setting(4, "amazon: further attempts at a picture whose server is busy or does not answer")
+    k: int = setting(5, "users and items with fewer interactions are removed; 0 keeps all")
+    min_rating: float | None = setting(None, "leave out interactions with fewer stars")
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """Size and seed of a synthetic catalogue (docs/synthetic.md)."""
 
-    output: Path = field(metadata=_help("folder to write to"))
-    num_items: int = field(default=600, metadata=_help("number of items"))
-    num_users: int = field(default=1500, metadata=_help("number of users"))
-    image_side: int = field(default=112, metadata=_help("width and height of the pictures in pixels"))
-    seed: int = field(default=0, metadata=_help("everything drawn depends on it"))
+    output: Path = field(metadata={"help": "folder to write to"})
+    num_items: int = setting(600, "number of items")
+    num_users: int = setting(1500, "number of users")
+    image_side: int = setting(112, "width and height of the pictures in pixels")
+    seed: int = setting(0, "everything drawn depends on it")
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -68,6 +66,7 @@ def convert(config: ConvertConfig) -> Path:
         min_rating=config.min_rating,
         images=config.images or ("download" if config.download else "none"),
         workers=config.workers,
+        retries=config.retries,
     ).items
 
 

@@ -314,6 +314,19 @@ def test_the_main_picture_and_the_large_one_are_asked_for(tmp_path, server):
     assert server.requests == {"/missing0.jpg": 1, "/small0.jpg": 1, "/high1.jpg": 1, "/high2.jpg": 1}
 
 
+@pytest.mark.parametrize(
+    "fields", [{"imageURL": "{}/one.jpg"}, {"image": ["{}/one.jpg", "{}/two.jpg"]}], ids=["as sampled", "first release"]
+)
+def test_the_other_ways_to_write_2018_metadata_are_read(tmp_path, server, fields):
+    _, reviews = published(tmp_path, "2018")
+    row = {"also_view": [], "title": "x", "categories": [["Sports", "Dance"]]}
+    row |= json.loads(json.dumps(fields).replace("{}", server.url))
+    metadata = write_lines(tmp_path / "meta.json", [json.dumps(row | {"asin": f"P{n}"}) for n in range(3)])
+    result = convert_amazon(metadata, reviews, tmp_path / "out", k=3)
+    assert result.counts["pictures"] == 3 and server.requests == {"/one.jpg": 3}
+    assert read_items(result.items)[0].attributes["categories"] == ["Sports", "Dance"]
+
+
 def test_pictures_from_a_folder_are_referred_to(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "P0.JPG").write_bytes(picture())

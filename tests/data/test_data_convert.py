@@ -4,6 +4,7 @@ import pytest
 
 from sda_fast.data import read_items
 from sda_fast.data.convert import ConvertConfig, GenerateConfig, convert, generate
+from sda_fast.data.download import DownloadResult
 
 
 def amazon_files(folder):
@@ -23,6 +24,15 @@ def test_convert_amazon_from_a_configuration(tmp_path):
     config = ConvertConfig("amazon", tmp_path / "out", metadata, reviews=reviews, k=2, download=False)
     assert read_items(convert(config)).item_ids == ["P0", "P1", "P2"]
     assert (tmp_path / "out" / "interactions.tsv").read_text().count("\n") == 7
+
+
+def test_the_downloads_settings_reach_the_download(tmp_path, monkeypatch):
+    metadata, reviews = amazon_files(tmp_path)
+    seen = {}
+    nothing = DownloadResult()
+    monkeypatch.setattr("sda_fast.data.amazon.download_images", lambda *_, **options: seen.update(options) or nothing)
+    convert(ConvertConfig("amazon", tmp_path / "out", metadata, reviews=reviews, k=2, workers=3, retries=9))
+    assert seen == {"workers": 3, "retries": 9}
 
 
 def test_amazon_needs_reviews(tmp_path):
