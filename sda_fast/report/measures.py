@@ -35,6 +35,22 @@ def retrieval_accuracy(similarity: np.ndarray, cutoff: int) -> float:
     return float((rank < cutoff).mean())
 
 
+def effective_rank(vectors: np.ndarray) -> float:
+    """[n, D] -> participation ratio of the variances along the principal axes, from 1 (a line) to min(n - 1, D)."""
+    centred = vectors - vectors.mean(0)
+    gram = centred.T @ centred if len(centred) > centred.shape[1] else centred @ centred.T
+    squares = np.square(gram, dtype=np.float64).sum()
+    return float(np.trace(gram, dtype=np.float64) ** 2 / squares) if squares else 0.0
+
+
+def soft_targets(image: np.ndarray, text: np.ndarray, temperature: float) -> np.ndarray:
+    """[B, D], [B, D] -> [B, B]: the targets T of CMSA in its published form, rows sum to one (docs/cmsa.md)."""
+    image, text = image.astype(np.float64), text.astype(np.float64)
+    scores = temperature / 2 * (image @ image.T + text @ text.T)
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
 def grouping_attribute(catalogue: Catalogue) -> str | None:
     """The attribute with 2 to 40 different values that most items share with others; None if there is none."""
     best, best_score = None, 0.0

@@ -11,23 +11,17 @@ from typing import Any
 import numpy as np
 
 from sda_fast import __version__
-from sda_fast.data.atomic import write_text_atomic
+from sda_fast.atomic import write_text_atomic
 from sda_fast.data.images import load_image
 from sda_fast.data.items import Catalogue, read_items
 from sda_fast.data.vectors import ItemVectors, read_item_vectors
 from sda_fast.jobs.run_log import read_log
 from sda_fast.recommend.results import RecommendResult, read_results
+from sda_fast.report.agreement import agreement
 from sda_fast.report.config import ReportConfig
-from sda_fast.report.measures import (
-    centred_cosine,
-    cosine,
-    grouping_attribute,
-    label_of,
-    ordered_sample,
-    retrieval_accuracy,
-)
+from sda_fast.report.measures import label_of
 from sda_fast.report.page import Heading, Paragraph, Part, Picture, to_html, to_markdown
-from sda_fast.report.tables import Table, gains_table, groups_table, key_value_table, metrics_table
+from sda_fast.report.tables import gains_table, groups_table, key_value_table, metrics_table
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +33,11 @@ SYNTHETIC_NOTICE = (
 
 
 def write_report(config: ReportConfig) -> Path:
-    """Write report.html (pictures inside) and report.md (pictures as PNG beside it).
+    """Write report.html (pictures inside), report.md (pictures as PNG beside it) and measures.json.
 
     Sections, each present where its input is: the data, the catalogue's pictures, loss curves, agreement of image and
-    text vectors (heat maps and retrieval), metrics by method and by group, durations, settings and versions.
+    text vectors (heat maps, retrieval, spread and the targets they give), metrics by method and by group, durations,
+    settings and versions.
 
     Returns:
         The path of report.html.
@@ -63,7 +58,7 @@ def write_report(config: ReportConfig) -> Path:
         parts += _summary(results, list(tables))
     parts += _data(config, catalogue, results)
     parts += _losses(config, list(tables))
-    parts += _agreement(config, catalogue, tables)
+    parts += agreement(config, catalogue, tables)
     if results is not None:
         parts += _metrics(config, results, list(tables))
     parts += _durations(config, results)
@@ -151,55 +146,6 @@ def _read_losses(path: Path) -> list[dict[str, Any]]:
     if not records:
         logger.warning("%s holds no losses, its curve is left out", path)
     return records
-
-
-def _agreement(config: ReportConfig, catalogue: Catalogue | None, tables: dict[str, ItemVectors]) -> list[Part]:
-    from sda_fast.report.figures import draw_similarity_maps
-
-    tables = {name: table for name, table in tables.items() if table.image.shape[1] == table.text.shape[1]}
-    if not tables:
-        return []
-    shared = set.intersection(*(set(table.item_ids) for table in tables.values()))
-    ids = [name for name in next(iter(tables.values())).item_ids if name in shared]
-    attribute = config.order_by or (grouping_attribute(catalogue) if catalogue is not None else None)
-    labels = [""] * len(ids)
-    if catalogue is not None and attribute:
-        known = {item.item_id: label_of(item.attributes.get(attribute)) for item in catalogue}
-        labels = [known.get(name, "") for name in ids]
-    if len(ids) < 2:
-        return []
-    sample = ordered_sample(labels, config.heatmap_items, config.seed)
-    drawn = np.sort(np.random.default_rng(config.seed).permutation(len(ids))[: config.retrieval_items])
-    similarities = {}
-    directions = ("image→text", "text→image", "image→text, centred")
-    header = ["Item vectors", *(f"{direction}, top {k}" for direction in directions for k in (1, 10))]
-    retrieval = Table(header, [], set())
-    for name, table in tables.items():
-        image, text = table.image[table.rows(ids)], table.text[table.rows(ids)]
-        similarities[name] = centred_cosine(image, text, sample)
-        plain, centred = cosine(image[drawn], text[drawn]), centred_cosine(image, text, drawn)
-        values = [retrieval_accuracy(matrix, k) for matrix in (plain, plain.T, centred) for k in (1, 10)]
-        retrieval.rows.append([name, *(f"{value:.3f}" for value in values)])
-    for column in range(1, len(header)):
-        best = max(row[column] for row in retrieval.rows)
-        retrieval.bold |= {(row, column) for row, cells in enumerate(retrieval.rows) if cells[column] == best}
-    path = config.output / "similarity.png"
-    draw_similarity_maps(path, similarities, [labels[position] for position in sample])
-    ordered = f", ordered by {attribute}" if attribute else ""
-    return [
-        Heading("Do image and text of an item agree?"),
-        Picture(
-            path,
-            f"Similarity of the images (rows) and texts (columns) of {len(sample)} items{ordered}. "
-            "An item's own pair is on the diagonal.",
-        ),
-        Paragraph(
-            f"Retrieval among {len(drawn):,} items: how often an item's own counterpart is the nearest by cosine, or "
-            "among the ten nearest. Centred: each modality's mean is taken away first, which mends an untuned model's "
-            f"common offset. Chance is {1 / len(drawn):.4f} and {min(1.0, 10 / len(drawn)):.4f}."
-        ),
-        retrieval,
-    ]
 
 
 def _metrics(config: ReportConfig, results: RecommendResult, methods: Sequence[str]) -> list[Part]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sda_fast.data.items import read_items
@@ -16,12 +17,15 @@ from sda_fast.data.vectors import ItemVectors, write_item_vectors
 from sda_fast.recommend.ranking import GROUPS, PROTOCOLS
 from sda_fast.recommend.results import read_results, summarize
 from sda_fast.report import ReportConfig, gains_table, groups_table, metrics_table, write_report
+from sda_fast.report.agreement import measure_vectors
 from sda_fast.report.measures import (
     centred_cosine,
     cosine,
+    effective_rank,
     grouping_attribute,
     ordered_sample,
     retrieval_accuracy,
+    soft_targets,
 )
 
 NOTHING = "-"
@@ -157,6 +161,9 @@ def test_the_page_holds_data_curves_heat_maps_tables_bars_pictures_times_and_ver
     assert [base64.b64decode(data)[:4] for data in embedded] == [b"\x89PNG"] * 4
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "somewhere" not in page
+    measures = json.loads((tmp_path / "measures.json").read_text(encoding="utf-8"))
+    for values in measures["vectors"].values():
+        assert f"{values['effective_rank_text']:.1f}" in text
 
 
 def test_pictures_are_large_enough_to_read(inputs, tmp_path) -> None:
@@ -232,6 +239,36 @@ def test_centring_removes_a_common_offset_and_plain_cosine_does_not() -> None:
     assert retrieval_accuracy(cosine(image, text), 1) < 1.0
     rows = np.array([3, 1])
     np.testing.assert_allclose(centred_cosine(image, text, rows), centred_cosine(image, text)[np.ix_(rows, rows)])
+
+
+def test_effective_rank_counts_the_directions_that_carry_variance() -> None:
+    rng = np.random.default_rng(0)
+    line = rng.standard_normal((200, 1)) @ rng.standard_normal((1, 16)) + 5
+    assert effective_rank(line) == pytest.approx(1)
+    corners = np.concatenate([np.eye(4), -np.eye(4)])
+    assert effective_rank(corners) == pytest.approx(4)
+    assert effective_rank(corners.repeat(5, axis=1)[:3]) <= 2 + 1e-9
+    assert effective_rank(np.ones((5, 3))) == 0
+
+
+def test_soft_targets_are_the_teacher_of_the_loss() -> None:
+    image, text = np.random.default_rng(0).standard_normal((2, 6, 4))
+    x, y = torch.tensor(image), torch.tensor(text)
+    targets = torch.softmax(3.0 * (x @ x.T + y @ y.T) / 2, dim=-1)
+    np.testing.assert_allclose(soft_targets(image, text, 3.0), targets.numpy(), rtol=1e-12)
+
+
+def test_measures_show_vectors_that_all_point_at_one_item() -> None:
+    spread = np.random.default_rng(0).standard_normal((64, 8))
+    spread *= 5 / np.linalg.norm(spread, axis=1, keepdims=True)
+    hub = np.abs(spread)
+    hub[::8] *= 10
+    drawn = np.arange(64)
+    calm, crowded = (measure_vectors(v, v, drawn, seed=0) for v in (spread, hub))
+    assert calm.target_on_own_item > 0.9 and calm.target_on_fullest_item < 0.1
+    assert crowded.target_on_fullest_item > 0.4
+    assert calm.effective_rank_image > 6
+    assert calm.retrieval["image→text, top 1"] == 1
 
 
 def test_the_sample_is_ordered_by_the_clearest_attribute(inputs) -> None:
