@@ -28,7 +28,7 @@ class DemoConfig:
     pretrain_steps: int = setting(300, "captioning steps of the small model")
     steps: int = setting(160, "fine-tuning steps of each method")
     batch_size: int = setting(32, "items per fine-tuning step")
-    learning_rate: float = setting(1e-3, "of fine-tuning")
+    learning_rate: float = setting(2e-4, "of fine-tuning")
     recommenders: tuple[str, ...] = setting(("sasrec", "vbpr"), "which of sasrec, bert4rec, gru4rec, vbpr to train")
     recommend_epochs: int = setting(30, "most epochs of a sequence model")
     seeds: tuple[int, ...] = setting((0, 1, 2), "one run of every recommender per seed")
