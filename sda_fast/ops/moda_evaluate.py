@@ -13,34 +13,30 @@ from torch import Tensor
 from sda_fast.ops import cuda_library, moda_torch
 from sda_fast.ops.fold_regimes import SIXTEEN_BITS, evaluation_way
 from sda_fast.ops.folding import float32_unless_bfloat16, folded_weight, packed_bytes
-from sda_fast.ops.moda_group import library, members_of, split_layouts
+from sda_fast.ops.moda_group import empty_outputs, library, members_of, without_autocast
 from sda_fast.ops.moda_torch import Member, gate_of_ranks, wide
 from sda_fast.ops.quantized import workspaces
 
 library.define(
-    "moda_evaluate(Tensor x, Tensor[] weights, Tensor[] statistics, int[] layouts, Tensor[] biases, Tensor[] lora_A, "
-    "Tensor[] lora_B, Tensor[] gates, float[] scalings, str backend, bool may_use_library) -> Tensor[]"
+    "moda_evaluate(Tensor x, Tensor[] frozen, Tensor[] adapters, int[] layouts, float[] scalings, str backend, "
+    "bool may_use_library) -> Tensor[]"
 )
 
 
 def moda_evaluate_kernel(
     x: Tensor,
-    weights: list[Tensor],
-    statistics: list[Tensor],
+    frozen: list[Tensor],
+    adapters: list[Tensor],
     layouts: list[int],
-    biases: list[Tensor],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    gates: list[Tensor],
     scalings: list[float],
     backend: str,
     may_use_library: bool,
 ) -> list[Tensor]:
     """`moda_evaluate` on CPU and CUDA."""
-    members = members_of(weights, statistics, layouts, biases, lora_A, lora_B, gates, scalings)
+    members = members_of(frozen, adapters, layouts, scalings)
     use_library = may_use_library and cuda_library.is_available(x.device)
     ways = [evaluation_way(x, member.layout, backend, use_library) for member in members]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         h = x.new_empty(0) if set(ways) == {"fold"} else project(x, members, backend)
         outputs = []
         for member, way in zip(members, ways, strict=True):
@@ -60,21 +56,14 @@ for device_key in ("CPU", "CUDA"):
 @torch.library.register_fake("sda_fast::moda_evaluate", lib=library)
 def moda_evaluate_fake(
     x: Tensor,
-    weights: list[Tensor],
-    statistics: list[Tensor],
+    frozen: list[Tensor],
+    adapters: list[Tensor],
     layouts: list[int],
-    biases: list[Tensor],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    gates: list[Tensor],
     scalings: list[float],
     backend: str,
     may_use_library: bool,
 ) -> list[Tensor]:
-    M, K = x.shape
-    widths = [layout.in_features for layout, _ in split_layouts(layouts)]
-    torch._check(all(width == K for width in widths), lambda: f"x has {K} features, the layers take {widths}")
-    return [x.new_empty(M, layout.out_features) for layout, _ in split_layouts(layouts)]
+    return empty_outputs(x, layouts)
 
 
 def project(x: Tensor, members: Sequence[Member], backend: str) -> Tensor:

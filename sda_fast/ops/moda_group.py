@@ -1,18 +1,24 @@
 """torch.library operations for MoDA layers that share x: `sda_fast::moda_group` and its backward.
 
-One call serves q, k and v (or gate and up), or a single layer as a group of one. Lists have one entry per layer;
-`statistics` and `biases` hold only what exists, and `layouts` says what that is, LAYOUT_FIELDS integers per layer.
+One call serves q, k and v (or gate and up), or a single layer as a group of one. `frozen` holds, layer by layer, the
+weight's data, its statistics and the bias, as far as they exist; `layouts` says what does, LAYOUT_FIELDS integers per
+layer; `adapters` holds lora_A, lora_B and gates of every layer.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import importlib.util
 import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sda_fast.ops import moda_torch
 from sda_fast.ops.moda_torch import Gradients, Member
@@ -25,14 +31,13 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 library = torch.library.Library("sda_fast", "FRAGMENT")
 library.define(
-    "moda_group(Tensor x, Tensor[] weights, Tensor[] statistics, int[] layouts, Tensor[] biases, Tensor[] lora_A, "
-    "Tensor[] lora_B, Tensor[] gates, Tensor? modality_ids, float[] scalings, float dropout, Tensor? seed, "
-    "str backend) -> (Tensor[] y, Tensor h, Tensor bits)"
+    "moda_group(Tensor x, Tensor[] frozen, Tensor[] adapters, int[] layouts, float[] scalings, Tensor? modality_ids, "
+    "float dropout, Tensor? seed, str backend) -> (Tensor[] y, Tensor h, Tensor bits)"
 )
 library.define(
-    "moda_group_backward(Tensor[] dy, Tensor? x, Tensor? h, Tensor? bits, Tensor[] weights, Tensor[] statistics, "
-    "int[] layouts, Tensor[] lora_A, Tensor[] lora_B, Tensor[] gates, Tensor? modality_ids, float[] scalings, "
-    "float dropout, Tensor? seed, bool[] needs, str backend) -> Tensor[]"
+    "moda_group_backward(Tensor[] dy, Tensor? x, Tensor? h, Tensor? bits, Tensor[] frozen, Tensor[] adapters, "
+    "int[] layouts, float[] scalings, Tensor? modality_ids, float dropout, Tensor? seed, bool[] needs, str backend) "
+    "-> Tensor[]"
 )
 
 
@@ -61,47 +66,37 @@ def resolve_backend(backend: str, x: Tensor) -> str:
     return "triton"
 
 
-def layout_numbers(layout: WeightLayout, has_bias: bool) -> list[int]:
+def layout_numbers(layout: WeightLayout, has_bias: bool) -> tuple[int, ...]:
     """A layer's LAYOUT_FIELDS integers."""
-    return [*dataclasses.astuple(layout), int(has_bias)]
+    sizes = layout.out_features, layout.in_features
+    return *sizes, layout.quant_type, layout.blocksize, layout.nested_blocksize, int(has_bias)
 
 
-def split_layouts(layouts: list[int]) -> list[tuple[WeightLayout, bool]]:
+def split_layouts(layouts: list[int]) -> tuple[tuple[WeightLayout, bool], ...]:
     """The inverse of `layout_numbers`, for all layers of a group."""
+    return split_numbers(tuple(layouts))
+
+
+@functools.lru_cache(maxsize=1024)
+def split_numbers(layouts: tuple[int, ...]) -> tuple[tuple[WeightLayout, bool], ...]:
     lines = [layouts[first : first + LAYOUT_FIELDS] for first in range(0, len(layouts), LAYOUT_FIELDS)]
-    return [(WeightLayout(*line[:-1]), bool(line[-1])) for line in lines]
+    return tuple((WeightLayout(*line[:-1]), bool(line[-1])) for line in lines)
 
 
 def members_of(
-    weights: list[Tensor],
-    statistics: list[Tensor],
-    layouts: list[int],
-    biases: list[Tensor],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    gates: list[Tensor],
-    scalings: list[float],
+    frozen: Sequence[Tensor], adapters: Sequence[Tensor], layouts: list[int], scalings: list[float]
 ) -> list[Member]:
     """The layers of a group, put together from the operation's flat lists."""
-    left_statistics, left_biases = iter(statistics), iter(biases)
-    members = []
+    left = iter(frozen)
+    members: list[Member] = []
     first_rank = 0
     for index, (layout, has_bias) in enumerate(split_layouts(layouts)):
-        rank = lora_A[index].shape[0]
-        members.append(
-            Member(
-                layout=layout,
-                weight=weights[index],
-                statistics=[next(left_statistics) for _ in range(layout.num_statistics)],
-                bias=next(left_biases) if has_bias else None,
-                lora_A=lora_A[index],
-                lora_B=lora_B[index],
-                gates=gates[index],
-                scaling=scalings[index],
-                ranks=slice(first_rank, first_rank + rank),
-            )
-        )
-        first_rank += rank
+        lora_A, lora_B, gates = adapters[3 * index : 3 * index + 3]
+        ranks = slice(first_rank, first_rank + lora_A.shape[0])
+        weight, statistics = next(left), list(islice(left, layout.num_statistics))
+        bias = next(left) if has_bias else None
+        members.append(Member(layout, weight, statistics, bias, lora_A, lora_B, gates, scalings[index], ranks))
+        first_rank = ranks.stop
     return members
 
 
@@ -110,24 +105,25 @@ def keeps_bits(x: Tensor, dropout: float, backend: str) -> bool:
     return dropout > 0 and backend == "torch" and x.device.type == "cpu"
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products inside run in the dtypes they are given."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
 def moda_group_kernel(
     x: Tensor,
-    weights: list[Tensor],
-    statistics: list[Tensor],
+    frozen: list[Tensor],
+    adapters: list[Tensor],
     layouts: list[int],
-    biases: list[Tensor],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    gates: list[Tensor],
-    modality_ids: Tensor | None,
     scalings: list[float],
+    modality_ids: Tensor | None,
     dropout: float,
     seed: Tensor | None,
     backend: str,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """`moda_group` on CPU and CUDA."""
-    members = members_of(weights, statistics, layouts, biases, lora_A, lora_B, gates, scalings)
-    with torch.autocast(x.device.type, enabled=False):
+    members = members_of(frozen, adapters, layouts, scalings)
+    with without_autocast(x.device):
         if backend == "triton":
             from sda_fast.ops import moda_triton
 
@@ -141,25 +137,21 @@ def moda_group_backward_kernel(
     x: Tensor | None,
     h: Tensor | None,
     bits: Tensor | None,
-    weights: list[Tensor],
-    statistics: list[Tensor],
+    frozen: list[Tensor],
+    adapters: list[Tensor],
     layouts: list[int],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    gates: list[Tensor],
-    modality_ids: Tensor | None,
     scalings: list[float],
+    modality_ids: Tensor | None,
     dropout: float,
     seed: Tensor | None,
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
     """`moda_group_backward` on CPU and CUDA: the wanted ones of dx, dA of the stacked A, all dB, all dgates."""
-    without_bias = [number for line in split_layouts(layouts) for number in layout_numbers(line[0], False)]
-    members = members_of(weights, statistics, without_bias, [], lora_A, lora_B, gates, scalings)
+    members = members_of(frozen, adapters, layouts, scalings)
     needs_x, needs_A, needs_B, needs_gates = needs
     wanted = {"needs_x": needs_x, "needs_A": needs_A, "needs_B": needs_B, "needs_gates": needs_gates}
-    with torch.autocast(dy[0].device.type, enabled=False):
+    with without_autocast(dy[0].device):
         if backend == "triton":
             from sda_fast.ops import moda_triton
 
@@ -167,7 +159,7 @@ def moda_group_backward_kernel(
         else:
             if dropout > 0 and (needs_x or needs_A) and bits is None:
                 assert seed is not None
-                bits = moda_torch.keep_bits(dy[0].shape[0], lora_A[0].shape[1], dropout, seed)
+                bits = moda_torch.keep_bits(dy[0].shape[0], adapters[0].shape[1], dropout, seed)
             gradients = moda_torch.backward(dy, x, h, bits, members, modality_ids, dropout, **wanted)
     return flat_gradients(gradients, members)
 
@@ -192,26 +184,28 @@ for device_key in ("CPU", "CUDA"):
 @torch.library.register_fake("sda_fast::moda_group", lib=library)
 def moda_group_fake(
     x: Tensor,
-    weights: list[Tensor],
-    statistics: list[Tensor],
+    frozen: list[Tensor],
+    adapters: list[Tensor],
     layouts: list[int],
-    biases: list[Tensor],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    gates: list[Tensor],
-    modality_ids: Tensor | None,
     scalings: list[float],
+    modality_ids: Tensor | None,
     dropout: float,
     seed: Tensor | None,
     backend: str,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     M, K = x.shape
-    widths = [layout.in_features for layout, _ in split_layouts(layouts)]
-    torch._check(all(width == K for width in widths), lambda: f"x has {K} features, the layers take {widths}")
-    y = [x.new_empty(M, layout.out_features) for layout, _ in split_layouts(layouts)]
-    h = x.new_empty(M, sum(matrix.shape[0] for matrix in lora_A), dtype=moda_torch.wide(x.dtype))
+    y = empty_outputs(x, layouts)
+    h = x.new_empty(M, sum(lora_A.shape[0] for lora_A in adapters[::3]), dtype=moda_torch.wide(x.dtype))
     shape = (M, (K + 7) // 8) if keeps_bits(x, dropout, backend) else (0,)
     return y, h, x.new_empty(shape, dtype=torch.uint8)
+
+
+def empty_outputs(x: Tensor, layouts: list[int]) -> list[Tensor]:
+    """y of every layer, for fake versions."""
+    M, K = x.shape
+    widths = [layout.in_features for layout, _ in split_layouts(layouts)]
+    torch._check(all(width == K for width in widths), lambda: f"x has {K} features, the layers take {widths}")
+    return [x.new_empty(M, layout.out_features) for layout, _ in split_layouts(layouts)]
 
 
 @torch.library.register_fake("sda_fast::moda_group_backward", lib=library)
@@ -220,102 +214,139 @@ def moda_group_backward_fake(
     x: Tensor | None,
     h: Tensor | None,
     bits: Tensor | None,
-    weights: list[Tensor],
-    statistics: list[Tensor],
+    frozen: list[Tensor],
+    adapters: list[Tensor],
     layouts: list[int],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    gates: list[Tensor],
-    modality_ids: Tensor | None,
     scalings: list[float],
+    modality_ids: Tensor | None,
     dropout: float,
     seed: Tensor | None,
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
     needs_x, needs_A, needs_B, needs_gates = needs
-    K = lora_A[0].shape[1]
+    K = adapters[0].shape[1]
     flat: list[Tensor] = []
     if needs_x:
         flat.append(dy[0].new_empty(dy[0].shape[0], K))
     if needs_A:
-        total_rank = sum(matrix.shape[0] for matrix in lora_A)
+        total_rank = sum(lora_A.shape[0] for lora_A in adapters[::3])
         flat.append(dy[0].new_empty(total_rank, K, dtype=moda_torch.wide(dy[0].dtype)))
-    flat += [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in lora_B if needs_B]
-    flat += [torch.empty_like(gate, memory_format=torch.contiguous_format) for gate in gates if needs_gates]
+    flat += [torch.empty_like(lora_B, memory_format=torch.contiguous_format) for lora_B in adapters[1::3] if needs_B]
+    flat += [torch.empty_like(gate, memory_format=torch.contiguous_format) for gate in adapters[2::3] if needs_gates]
     return flat
 
 
-def any_requires_grad(tensors: list[Tensor]) -> bool:
-    return any(tensor.requires_grad for tensor in tensors)
+@dataclass(frozen=True)
+class Constants:
+    """The arguments of `moda_group` that are not tensors."""
+
+    layouts: list[int]
+    scalings: list[float]
+    dropout: float
+    backend: str
 
 
-def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor]) -> None:
-    """Save what the wanted gradients need: x for dA, W for dx, h for dB and dgates, a seed or bits for dropout."""
-    x, weights, statistics, layouts, biases, lora_A, lora_B, gates, modality_ids, scalings, dropout, seed, backend = (
-        inputs
-    )
-    _, h, bits = output
-    ctx.mark_non_differentiable(h, bits)
-    ctx.set_materialize_grads(False)
-    ctx.needs = [x.requires_grad, *map(any_requires_grad, (lora_A, lora_B, gates))]
-    needs_x, needs_A, needs_B, needs_gates = ctx.needs
-    needs_mask = dropout > 0 and (needs_x or needs_A)
-    kept_bits = bits if needs_mask and keeps_bits(x, dropout, backend) else None
-    ctx.save_for_backward(
-        x if needs_A else None,
-        h if needs_B or needs_gates else None,
-        kept_bits,
-        modality_ids,
-        seed if needs_mask and kept_bits is None else None,
-        *weights,
-        *statistics,
-        *lora_A,
-        *lora_B,
-        *gates,
-    )
-    ctx.lengths = [len(weights), len(statistics), len(lora_A), len(lora_B), len(gates)]
-    ctx.num_biases = len(biases)
-    ctx.constants = (layouts, scalings, dropout, backend)
-    ctx.rows = x.shape[0]
+class MoDAGroup(torch.autograd.Function):
+    """The autograd formula of `moda_group`; `tensors` are the frozen ones and the adapters."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, constants: Constants, x: Tensor, modality_ids: Tensor | None, seed: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        count = len(constants.scalings)
+        frozen, adapters = tensors[: -3 * count], tensors[-3 * count :]
+        y, h, bits = below_autograd(x, frozen, adapters, modality_ids, seed, constants)
+        ctx.mark_non_differentiable(h, bits)
+        ctx.set_materialize_grads(False)
+        of_adapters = ctx.needs_input_grad[-3 * count :]
+        needs_x, needs_A, needs_B, needs_gates = ctx.needs = [
+            ctx.needs_input_grad[1],
+            *(any(of_adapters[first::3]) for first in range(3)),
+        ]
+        ctx.constants, ctx.rows = constants, x.shape[0]
+        needs_mask = constants.dropout > 0 and (needs_x or needs_A)
+        kept_bits = bits if needs_mask and keeps_bits(x, constants.dropout, constants.backend) else None
+        ctx.save_for_backward(
+            x if needs_A else None,
+            h if needs_B or needs_gates else None,
+            kept_bits,
+            modality_ids,
+            seed if needs_mask and kept_bits is None else None,
+            *tensors,
+        )
+        return *y, h, bits
 
-def moda_group_gradients(ctx: Any, dy: list[Tensor | None], dh: None, dbits: None) -> tuple[Any, ...]:
-    """The autograd formula of `moda_group`."""
-    x, h, bits, modality_ids, seed, *lists = ctx.saved_tensors
-    weights, statistics, lora_A, lora_B, gates = split_lists(lists, ctx.lengths)
-    layouts, scalings, dropout, backend = ctx.constants
-    needs_x, needs_A, needs_B, needs_gates = ctx.needs
-    count = len(weights)
-    given = next((gradient for gradient in dy if gradient is not None), None)
-    nothing: list[None] = [None] * count
-    dx, dA, dB, dgates = None, nothing, nothing, nothing
-    if given is not None and any(ctx.needs):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        x, h, bits, modality_ids, seed, *tensors = ctx.saved_tensors
+        constants = ctx.constants
+        count = len(constants.scalings)
+        frozen, adapters = tensors[: -3 * count], tensors[-3 * count :]
+        dy = gradients[:count]
+        given = next((gradient for gradient in dy if gradient is not None), None)
+        if given is None:
+            return (None,) * (4 + len(tensors))
         complete = [
             given.new_zeros(ctx.rows, layout.out_features) if gradient is None else gradient
-            for gradient, (layout, _) in zip(dy, split_layouts(layouts), strict=True)
+            for gradient, (layout, _) in zip(dy, split_layouts(constants.layouts), strict=True)
         ]
+        needs_x, needs_A, needs_B, needs_gates = ctx.needs
         flat = torch.ops.sda_fast.moda_group_backward(
-            complete, x, h, bits, weights, statistics, layouts, lora_A, lora_B, gates, modality_ids, scalings, dropout,
-            seed, ctx.needs, backend,
+            complete, x, h, bits, frozen, adapters, constants.layouts, constants.scalings, modality_ids,
+            constants.dropout, seed, ctx.needs, constants.backend,
         )  # fmt: skip
         left = iter(flat)
         dx = next(left) if needs_x else None
+        of_adapters: list[Tensor | None] = [None] * (3 * count)
         if needs_A:
-            parts = next(left).split([matrix.shape[0] for matrix in lora_A])
-            dA = [part.to(matrix.dtype) for part, matrix in zip(parts, lora_A, strict=True)]
-        dB = [next(left) for _ in range(count)] if needs_B else nothing
-        dgates = [next(left) for _ in range(count)] if needs_gates else nothing
-    no_statistics, no_biases = [None] * len(statistics), [None] * ctx.num_biases
-    return dx, nothing, no_statistics, None, no_biases, dA, dB, dgates, None, None, None, None, None
+            parts = next(left).split([lora_A.shape[0] for lora_A in adapters[::3]])
+            of_adapters[::3] = [part.to(lora_A.dtype) for part, lora_A in zip(parts, adapters[::3], strict=True)]
+        if needs_B:
+            of_adapters[1::3] = islice(left, count)
+        if needs_gates:
+            of_adapters[2::3] = islice(left, count)
+        return None, dx, None, None, *[None] * len(frozen), *of_adapters
 
 
-def split_lists(tensors: list[Tensor], lengths: list[int]) -> list[list[Tensor]]:
-    """Cut one list into several of the given lengths."""
-    left = iter(tensors)
-    return [[next(left) for _ in range(length)] for length in lengths]
+def below_autograd(
+    x: Tensor,
+    frozen: Sequence[Tensor],
+    adapters: Sequence[Tensor],
+    modality_ids: Tensor | None,
+    seed: Tensor | None,
+    constants: Constants,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """`moda_group` for the keys after autograd."""
+    c = constants
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.sda_fast.moda_group(
+            x, frozen, adapters, c.layouts, c.scalings, modality_ids, c.dropout, seed, c.backend
+        )
 
 
-torch.library.register_autograd(
-    "sda_fast::moda_group", moda_group_gradients, setup_context=keep_for_backward, lib=library
-)
+def moda_group_autograd(
+    x: Tensor,
+    frozen: list[Tensor],
+    adapters: list[Tensor],
+    layouts: list[int],
+    scalings: list[float],
+    modality_ids: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """`moda_group` where gradients may be wanted.
+
+    Written out because `torch.library.register_autograd` takes lists of tensors apart and together in Python several
+    times per call, which costs more than the products of a small layer.
+    """
+    constants = Constants(layouts, scalings, dropout, backend)
+    if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in adapters)):
+        *y, h, bits = MoDAGroup.apply(constants, x, modality_ids, seed, *frozen, *adapters)
+        return y, h, bits
+    return below_autograd(x, frozen, adapters, modality_ids, seed, constants)
+
+
+library.impl("moda_group", moda_group_autograd, "Autograd")

@@ -99,32 +99,26 @@ def moda_linear_group(
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     resolved = resolve_backend(backend, x)
     ids, gates = ids_and_gates(x, modality_ids, list(gates))
-    described = [describe_weight(weight) for weight in weights]
+    frozen: list[Tensor] = []
+    adapters: list[Tensor] = []
     layouts: list[int] = []
-    for index, (layout, _, _) in enumerate(described):
-        check_layer(x, layout.out_features, layout.in_features, lora_A[index], lora_B[index], gates[index])
-        check_frozen(weights[index], biases[index], layout.out_features)
-        check_gates(x, ids, gates[index])
-        layouts += layout_numbers(layout, biases[index] is not None)
+    for weight, A, B, gate, bias in zip(weights, lora_A, lora_B, gates, biases, strict=True):
+        layout, data, statistics = describe_weight(weight)
+        check_layer(x, layout.out_features, layout.in_features, A, B, gate)
+        check_frozen(weight, bias, layout.out_features)
+        check_gates(x, ids, gate)
+        frozen += [data, *statistics] if bias is None else [data, *statistics, bias]
+        adapters += [A, B, gate]
+        layouts += layout_numbers(layout, bias is not None)
     one_gate = ids is None and all(gate.shape[0] == 1 for gate in gates)
-    frozen_and_adapters = (
-        [data for _, data, _ in described],
-        [tensor for _, _, statistics in described for tensor in statistics],
-        layouts,
-        [bias for bias in biases if bias is not None],
-        list(lora_A),
-        list(lora_B),
-        gates,
-    )
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    group = rows, frozen, adapters, layouts, list(scalings)
     if may_fold and one_gate and dropout == 0 and not torch.is_grad_enabled():
-        y = torch.ops.sda_fast.moda_evaluate(rows, *frozen_and_adapters, list(scalings), resolved, backend == "auto")
+        y = torch.ops.sda_fast.moda_evaluate(*group, resolved, backend == "auto")
     else:
         drawn = seed_tensor(x, seed) if dropout > 0 else None
-        y, _, _ = torch.ops.sda_fast.moda_group(
-            rows, *frozen_and_adapters, ids, list(scalings), dropout, drawn, resolved
-        )
-    return [output.view(*x.shape[:-1], output.shape[1]) for output in y]
+        y, _, _ = torch.ops.sda_fast.moda_group(*group, ids, dropout, drawn, resolved)
+    return y if x.dim() == 2 else [output.view(*x.shape[:-1], output.shape[1]) for output in y]
 
 
 def as_autocast(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from sda_fast import MoDAConfig, MoDALinear, adapt_model, load_adapter, modality
 from sda_fast.moda import fold
 from sda_fast.moda.fold import fold_model, unfold_model
 from sda_fast.ops import cuda_library, folding, moda_evaluate
-from sda_fast.ops.fold_regimes import evaluation_way, forced_evaluation
+from sda_fast.ops.fold_regimes import Way, evaluation_way, forced_evaluation
 from sda_fast.ops.folding import folded_weight
 from sda_fast.ops.moda_torch import Member
 from sda_fast.ops.quantized import WeightLayout, decode, describe_weight
@@ -153,15 +153,15 @@ def test_it_folds_only_without_gradients_in_evaluation_with_one_modality_for_all
 def test_on_a_cpu_many_rows_are_folded_and_few_are_not() -> None:
     layout = WeightLayout(256, 256)
     for dtype in (torch.float32, torch.bfloat16):
-        assert evaluation_way(torch.zeros(1, 256, dtype=dtype), layout, "torch", False) == "unfold"
-        assert evaluation_way(torch.zeros(4096, 256, dtype=dtype), layout, "torch", False) == "fold"
+        assert evaluation_way(torch.zeros(1, 256, dtype=dtype), layout, "torch", False).what == "unfold"
+        assert evaluation_way(torch.zeros(4096, 256, dtype=dtype), layout, "torch", False).what == "fold"
 
 
 def test_where_kernels_decode_few_rows_are_multiplied_directly_and_others_folded() -> None:
     packed = WeightLayout(256, 256, 1, 64)
     for rows, way in ((1, "small product"), (64, "small product"), (65, "fold")):
-        assert evaluation_way(torch.zeros(rows, 256), packed, "triton", False) == way
-        assert evaluation_way(torch.zeros(rows, 256).half(), packed, "torch", True) == way
+        assert evaluation_way(torch.zeros(rows, 256), packed, "triton", False) == Way(way)
+        assert evaluation_way(torch.zeros(rows, 256).half(), packed, "torch", True) == Way(way, by_library=True)
     with pytest.raises(ValueError, match="'merge'"), forced_evaluation("merge"):  # type: ignore[arg-type]
         pass
 
@@ -228,12 +228,9 @@ def test_a_folded_layer_compiles_into_one_graph() -> None:
     with torch.no_grad(), modality("image"):
         torch.testing.assert_close(compiled(x), one(x))
     packed = describe_weight(one.weight)[1]
-    arguments = (x, [packed], [], [24, 16, 0, 0, 0, 0], [], [one.lora_A], [one.lora_B], [one.gates()[:1]], [4.0])
-    detached = [
-        [t.detach() for t in part] if isinstance(part, list) and part and isinstance(part[0], Tensor) else part
-        for part in arguments
-    ]
-    torch.library.opcheck(torch.ops.sda_fast.moda_evaluate, (*detached, "torch", False))
+    adapter = [one.lora_A, one.lora_B, one.gates()[:1]]
+    arguments = (x, [packed], [tensor.detach() for tensor in adapter], [24, 16, 0, 0, 0, 0], [4.0], "torch", False)
+    torch.library.opcheck(torch.ops.sda_fast.moda_evaluate, arguments)
 
 
 def test_nothing_is_kept_by_default_and_one_weight_per_modality_if_told(calls: list[str]) -> None:

@@ -354,15 +354,11 @@ def test_opcheck(dropout: float, members: int) -> None:
     cases = [case(((3, 2), 12, 6 + i, 4, 2), "per sequence", torch.float32, seed=i) for i in range(members)]
     arguments = (
         cases[0]["x"].detach().reshape(-1, 12).requires_grad_(),
-        [c["weight"] for c in cases],
-        [],
+        [cases[0]["weight"], cases[0]["bias"], *(c["weight"] for c in cases[1:])],
+        [c[name] for c in cases for name in ("lora_A", "lora_B", "gates")],
         [number for i in range(members) for number in (6 + i, 12, 0, 0, 0, int(i == 0))],
-        [cases[0]["bias"]],
-        [c["lora_A"] for c in cases],
-        [c["lora_B"] for c in cases],
-        [c["gates"] for c in cases],
-        cases[0]["modality_ids"],
         [2.0] * members,
+        cases[0]["modality_ids"],
         dropout,
         torch.tensor([5]) if dropout else None,
         "torch",
