@@ -173,8 +173,14 @@ def _read_reviews(path: Path, version: Version, min_rating: float | None) -> tup
         user_column.append(users.setdefault(user, len(users)))
         item_column.append(items.setdefault(item, len(items)))
         time_column.append(time)
-    columns = [np.array(user_column, np.int32), np.array(item_column, np.int32), np.array(time_column, np.float64)]
-    return Interactions(list(users), list(items), *columns), counts
+    interactions = Interactions(
+        list(users),
+        list(items),
+        np.array(user_column, dtype=np.int32),
+        np.array(item_column, dtype=np.int32),
+        np.array(time_column, dtype=np.float64),
+    )
+    return interactions, counts
 
 
 def _read_metadata(path: Path, version: Version, wanted: set[str], counts: Counter[str]) -> dict[str, dict[str, Any]]:
