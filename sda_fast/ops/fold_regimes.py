@@ -1,16 +1,17 @@
-"""How a layer computes in evaluation with one modality: update folded into the weight, beside it, or a small product.
+"""How a layer computes in evaluation with one modality, chosen by shape: four things to compute, by whom.
 
 "fold": decode (or copy) the weight with the update added, then a library GEMM. "unfold": as in training. "small
 product": the 4-bit weight is decoded on its way to the multiplication, the update added in the epilogue; nothing of the
-weight's size is written.
+weight's size is written. "bitsandbytes": its own 4-bit product, then the update as in training.
 
-Folding costs about as much as N * K elements' worth of work, the update beside the weight as much as rows * (N + K), so
-folding pays from `rows >= RATIO * N * K / (N + K)` on. Where a kernel decodes a 4-bit weight anyway, folding is free of
-extra bytes and always chosen.
+What `sda-fast bench --tune` measured on this device decides (`measured`). Where it did not, a rule does: folding costs
+about as much as N * K elements' worth of work, the update beside the weight as much as rows * (N + K), so folding pays
+from `rows >= RATIO * N * K / (N + K)` on; where a kernel decodes a 4-bit weight anyway, folding is free of extra bytes
+and always chosen, the small product up to 64 rows.
 
-Measured on: CPU, float32 and bfloat16 at rank 8 (`bench/fold_speed.py`, whose results file bench/results/fold-cpu.json
-names the device); float16 is taken to be as bfloat16, float64 as float32. GPU: not measured; the ratio counts bytes (20
-per weight element and fold, 4 N + 2 K per row otherwise, N = K).
+The ratios were measured on: CPU, float32 and bfloat16 at rank 8 (bench/results/fold-cpu.json names the device); float16
+is taken to be as bfloat16, float64 as float32. GPU: not measured; the ratio counts bytes (20 per weight element and
+fold, 4 N + 2 K per row otherwise, N = K).
 """
 
 from __future__ import annotations
@@ -18,47 +19,111 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sda_fast.ops.quantized import WeightLayout
+from sda_fast.ops import measured
+from sda_fast.ops.quantized import DECODABLE_BY_BITSANDBYTES, QUANT_NAMES, WeightLayout
 
-EvaluationWay = Literal["fold", "unfold", "small product"]
+What = Literal["fold", "unfold", "small product", "bitsandbytes"]
+DECISION = "evaluation"
 LARGEST_SMALL_M = 64
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 # By device type and bytes per element of x.
 RATIOS = {("cpu", 2): 4.0, ("cpu", 4): 2.0, ("cpu", 8): 2.0, ("cuda", 2): 7.0, ("cuda", 4): 7.0, ("cuda", 8): 7.0}
 
-_forced: ContextVar[EvaluationWay | None] = ContextVar("sda_fast_evaluation_way", default=None)
+
+@dataclass(frozen=True)
+class Way:
+    """What to compute, and whether the CUDA library does its part rather than Triton or PyTorch."""
+
+    what: What
+    by_library: bool = False
+
+    @property
+    def name(self) -> str:
+        """As tables of measured times have it."""
+        return f"{self.what} by the library" if self.by_library else self.what
+
+
+_forced: ContextVar[Way | None] = ContextVar("sda_fast_evaluation_way", default=None)
 
 
 @contextmanager
-def forced_evaluation(way: EvaluationWay) -> Iterator[None]:
+def forced_evaluation(what: What, *, by_library: bool = False) -> Iterator[None]:
     """Within this block evaluation goes one way wherever it can; for tests and measurements.
 
     Raises:
-        ValueError: `way` is none of the ways.
+        ValueError: `what` is none of the ways.
     """
-    if way not in get_args(EvaluationWay):
-        raise ValueError(f"the way of evaluation must be one of {get_args(EvaluationWay)}, got {way!r}")
-    token = _forced.set(way)
+    if what not in get_args(What):
+        raise ValueError(f"the way of evaluation must be one of {get_args(What)}, got {what!r}")
+    token = _forced.set(Way(what, by_library))
     try:
         yield
     finally:
         _forced.reset(token)
 
 
-def evaluation_way(x: Tensor, layout: WeightLayout, backend: str, use_library: bool) -> EvaluationWay:
+def possible_ways(x: Tensor, layout: WeightLayout, backend: str, use_library: bool) -> tuple[Way, ...]:
+    """What activations x [M, K] and a weight allow here; `backend` is "triton" or "torch", see `evaluation_way`."""
+    library = use_library and layout.quant_type != 0 and x.dtype in SIXTEEN_BITS
+    ways = [Way("fold"), Way("unfold")]
+    if library:
+        ways.append(Way("fold", by_library=True))
+    if x.shape[0] <= LARGEST_SMALL_M:
+        if layout.quant_type != 0 and backend == "triton":
+            ways.append(Way("small product"))
+        if library:
+            ways.append(Way("small product", by_library=True))
+    if bitsandbytes_multiplies(x, layout):
+        ways.append(Way("bitsandbytes"))
+    return tuple(ways)
+
+
+def bitsandbytes_multiplies(x: Tensor, layout: WeightLayout) -> bool:
+    """Whether bitsandbytes has its own product for such a weight; on a CPU it wants the codes in its own layout."""
+    return (
+        x.is_cuda
+        and layout.quant_type != 0
+        and layout.in_features % layout.blocksize == 0
+        and layout.nested_blocksize in (0, 256)
+        and x.dtype in DECODABLE_BY_BITSANDBYTES
+        and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+    )
+
+
+def evaluation_way(x: Tensor, layout: WeightLayout, backend: str, use_library: bool) -> Way:
     """The way to take for activations x [M, K], a weight, and what can compute: "triton" or "torch", the library."""
-    has_kernels = layout.quant_type != 0 and (backend == "triton" or (use_library and x.dtype in SIXTEEN_BITS))
-    is_small = has_kernels and x.shape[0] <= LARGEST_SMALL_M
+    ways = possible_ways(x, layout, backend, use_library)
     forced = _forced.get()
-    if forced is not None and (forced != "small product" or is_small):
+    if forced in ways:
         return forced
-    if has_kernels:
-        return "small product" if is_small else "fold"
+    # Tables hold what backend="auto" would run.
+    if backend == ("triton" if x.is_cuda else "torch"):
+        name = measured.fastest(
+            x.device,
+            DECISION,
+            tuple(way.name for way in ways),
+            dtype=x.dtype,
+            weight=QUANT_NAMES.get(layout.quant_type, "float"),
+            rows=x.shape[0],
+            out_features=layout.out_features,
+            in_features=layout.in_features,
+        )
+        if name is not None:
+            return next(way for way in ways if way.name == name)
+    return way_by_rule(x, layout, backend, ways)
+
+
+def way_by_rule(x: Tensor, layout: WeightLayout, backend: str, ways: tuple[Way, ...]) -> Way:
+    """What is taken where nothing like it was measured."""
+    by_library = Way("fold", by_library=True) in ways
+    if by_library or (layout.quant_type != 0 and backend == "triton"):
+        return Way("small product" if x.shape[0] <= LARGEST_SMALL_M else "fold", by_library)
     N, K = layout.out_features, layout.in_features
     pays = x.shape[0] * (N + K) >= RATIOS[x.device.type, x.element_size()] * N * K
-    return "fold" if pays else "unfold"
+    return Way("fold" if pays else "unfold")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from sda_fast.ops import cuda_library, moda_torch
-from sda_fast.ops.fold_regimes import SIXTEEN_BITS, evaluation_way
+from sda_fast.ops.fold_regimes import evaluation_way
 from sda_fast.ops.folding import float32_unless_bfloat16, folded_weight, packed_bytes
 from sda_fast.ops.moda_group import empty_outputs, library, members_of, without_autocast
 from sda_fast.ops.moda_torch import Member, gate_of_ranks, wide
-from sda_fast.ops.quantized import workspaces
+from sda_fast.ops.quantized import QUANT_NAMES, workspaces
 
 library.define(
     "moda_evaluate(Tensor x, Tensor[] frozen, Tensor[] adapters, int[] layouts, float[] scalings, str backend, "
@@ -37,13 +37,15 @@ def moda_evaluate_kernel(
     use_library = may_use_library and cuda_library.is_available(x.device)
     ways = [evaluation_way(x, member.layout, backend, use_library) for member in members]
     with without_autocast(x.device):
-        h = x.new_empty(0) if set(ways) == {"fold"} else project(x, members, backend)
+        h = x.new_empty(0) if all(way.what == "fold" for way in ways) else project(x, members, backend)
         outputs = []
         for member, way in zip(members, ways, strict=True):
-            if way == "fold":
-                outputs.append(folded_output(member, x, backend, use_library))
-            elif way == "small product":
-                outputs.append(small_output(member, x, h[:, member.ranks], use_library))
+            if way.what == "fold":
+                outputs.append(folded_output(member, x, backend, way.by_library))
+            elif way.what == "small product":
+                outputs.append(small_output(member, x, h[:, member.ranks], way.by_library))
+            elif way.what == "bitsandbytes":
+                outputs.append(bitsandbytes_output(member, x, h[:, member.ranks], backend))
             else:
                 outputs.append(unfolded_output(member, x, h[:, member.ranks], backend))
         return outputs
@@ -88,7 +90,7 @@ def small_output(member: Member, x: Tensor, h: Tensor, use_library: bool) -> Ten
     layout = member.layout
     bias = None if member.bias is None else member.bias.to(x.dtype)
     lora_B = float32_unless_bfloat16(member.lora_B).contiguous()
-    if use_library and x.dtype in SIXTEEN_BITS:
+    if use_library:
         hidden = h * gate_of_ranks(member, None, torch.float32)
         return cuda_library.linear(x, layout, member.weight, member.statistics, bias, hidden, lora_B)
     from sda_fast.kernels.moda_forward import with_unit_columns
@@ -118,3 +120,28 @@ def unfolded_output(member: Member, x: Tensor, h: Tensor, backend: str) -> Tenso
 
         return moda_triton.output_of(member, x, h, None)
     return moda_torch.output_of(member, x, h, None)
+
+
+def bitsandbytes_output(member: Member, x: Tensor, h: Tensor, backend: str) -> Tensor:
+    """bitsandbytes' product for the frozen weight, then the update in place."""
+    layout, bias = member.layout, None if member.bias is None else member.bias.to(x.dtype)
+    if layout.nested_blocksize:
+        codes, _, nested_absmax, nested_code, offset = member.statistics
+        scales: tuple[Tensor | None, ...] = (nested_absmax, codes, nested_code, offset.reshape(()))
+    else:
+        scales = (member.statistics[0], None, None, None)
+    y = torch.ops.bitsandbytes.gemm_4bit(
+        x,
+        packed_bytes(member).view(-1, 1),
+        [layout.out_features, layout.in_features],
+        scales[0],
+        layout.blocksize,
+        QUANT_NAMES[layout.quant_type],
+        bias,
+        *scales[1:],
+    )
+    if backend == "triton":
+        from sda_fast.ops import moda_triton
+
+        return moda_triton.add_update(y, member, h, None)
+    return moda_torch.add_update(y, member, h, None)

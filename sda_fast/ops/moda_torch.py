@@ -110,8 +110,13 @@ def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None)
     bias = None if member.bias is None else member.bias.to(x.dtype)
     with workspaces.guard(x.device):
         y = torch.nn.functional.linear(x, member.decoded(x.dtype), bias)
+    return add_update(y, member, h, modality_ids)
+
+
+def add_update(y: Tensor, member: Member, h: Tensor, modality_ids: Tensor | None) -> Tensor:
+    """y + (h * G) B^T, in place."""
     h_gated = gated(h, gate_of_ranks(member, modality_ids, h.dtype))
-    return y.addmm_(h_gated.to(x.dtype), member.lora_B.to(x.dtype).t())
+    return y.addmm_(h_gated.to(y.dtype), member.lora_B.to(y.dtype).t())
 
 
 def backward(

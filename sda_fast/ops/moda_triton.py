@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,16 +44,32 @@ def forward(
 def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None) -> Tensor:
     """y = x W^T + bias + (h * G) B^T of one layer, in the way that `regimes` chooses for its shape."""
     bias = None if member.bias is None else member.bias.to(x.dtype)
-    ids, rows_per_id = ids_of(member, modality_ids, x.shape[0])
-    update = (h, member.lora_B.contiguous(), member.gates.contiguous(), ids, member.scaling)
     way = regimes.update_of_y(x, member.layout.out_features, h.shape[1])
     with workspaces.guard(x.device):
         weight = member.decoded(x.dtype)
         if way == "accumulator":
-            x, weight = with_unit_columns(x), with_unit_columns(weight)
-            return gated_linear(x, weight, bias, *update, rows_per_sequence=rows_per_id)
+            update = update_of(member, h, modality_ids)
+            return gated_linear(with_unit_columns(x), with_unit_columns(weight), bias, **update)
         y = torch.nn.functional.linear(x, weight, bias)
-    return expand_add(y, *update, rows_per_sequence=rows_per_id)
+    return add_update(y, member, h, modality_ids)
+
+
+def add_update(y: Tensor, member: Member, h: Tensor, modality_ids: Tensor | None) -> Tensor:
+    """y + (h * G) B^T, in place."""
+    return expand_add(y, **update_of(member, h, modality_ids))
+
+
+def update_of(member: Member, h: Tensor, modality_ids: Tensor | None) -> dict[str, Any]:
+    """(h * G) B^T as the kernels take it."""
+    ids, rows_per_id = ids_of(member, modality_ids, h.shape[0])
+    return {
+        "h": h,
+        "lora_B": member.lora_B.contiguous(),
+        "gates": member.gates.contiguous(),
+        "modality_ids": ids,
+        "scaling": member.scaling,
+        "rows_per_sequence": rows_per_id,
+    }
 
 
 def backward(

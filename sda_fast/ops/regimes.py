@@ -1,48 +1,24 @@
 """How y gets its low-rank update on a GPU, chosen per shape from a table of measurements.
 
 Two ways are written. "in place": a library GEMM, then one pass over y (`expand_add`). "accumulator": one Triton GEMM
-whose accumulator starts from the low-rank product (`gated_linear`). `bench/regime_speed.py` times both on the card at
-hand and prints lines for TABLE.
-
-Measured on: no device yet (not measured), so TABLE is empty and every shape takes the pass in place.
+whose accumulator starts from the low-rank product (`gated_linear`). `sda-fast bench --tune` times both on the card at
+hand; without a measurement there (`measured`) every shape takes the pass in place.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-import torch
 from torch import Tensor
+
+from sda_fast.ops import measured
 
 UpdateOfY = Literal["in place", "accumulator"]
 DEFAULT: UpdateOfY = "in place"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Microseconds of both ways on one device for one shape; the weight is dense, decoding it is in neither."""
-
-    device: str
-    dtype: torch.dtype
-    rows: int
-    in_features: int
-    out_features: int
-    r: int
-    in_place: float
-    accumulator: float
-
-    @property
-    def faster(self) -> UpdateOfY:
-        return "accumulator" if self.accumulator < self.in_place else "in place"
-
-
-TABLE: tuple[Measurement, ...] = ()
+DECISION = "update of y"
 
 _forced: ContextVar[UpdateOfY | None] = ContextVar("sda_fast_update_of_y", default=None)
 
@@ -68,36 +44,17 @@ def update_of_y(x: Tensor, out_features: int, r: int) -> UpdateOfY:
     forced = _forced.get()
     if forced is not None:
         return forced
-    if not TABLE or not x.is_cuda:
+    if not x.is_cuda:
         return DEFAULT
-    return faster_way(TABLE, device_name(x.device), x.dtype, x.shape[0], x.shape[1], out_features, r)
-
-
-@functools.cache
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
-
-
-def faster_way(
-    table: Sequence[Measurement],
-    device: str,
-    dtype: torch.dtype,
-    rows: int,
-    in_features: int,
-    out_features: int,
-    r: int,
-) -> UpdateOfY:
-    """What the measurement nearest in rows, then in rank, says, for the same device, dtype and K and N.
-
-    Args:
-        table: measurements of any devices and shapes.
-        rows, in_features, out_features, r: M, K, N and R.
-    Returns:
-        DEFAULT where the layer was not measured on the device.
-    """
-    key = (device, dtype, in_features, out_features)
-    measured = [line for line in table if (line.device, line.dtype, line.in_features, line.out_features) == key]
-    if not measured or rows == 0:
-        return DEFAULT
-    nearest = min(measured, key=lambda line: (abs(math.log2(line.rows / rows)), abs(line.r - r)))
-    return nearest.faster
+    way = measured.fastest(
+        x.device,
+        DECISION,
+        get_args(UpdateOfY),
+        dtype=x.dtype,
+        weight="any",
+        rows=x.shape[0],
+        out_features=out_features,
+        in_features=x.shape[1],
+        r=r,
+    )
+    return cast(UpdateOfY, way or DEFAULT)

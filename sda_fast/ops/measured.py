@@ -1,0 +1,201 @@
+"""Which way was fastest where: tables of measured times, by device and shape, and the nearest measurement in them.
+
+A table is a JSON file of one device, written by `sda-fast bench --tune` into the user's cache folder (SDA_FAST_TUNED
+names another; empty means none) or, for devices that the authors measured, part of the package in `ops/tables`, copied
+from bench/results. The user's comes first. A table is read at the first question about its device and never at import,
+and it answers for the device it names and no other.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+PACKAGED_TABLES = Path(__file__).with_name("tables")
+# A layer whose outputs or inputs are more than this many times those of every measured one is not in the table.
+FARTHEST = 2.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Microseconds of the ways that ran and passed their check, for one decision on one shape.
+
+    `weight` is "float", "nf4" or "fp4", or "any" where the decision does not depend on it.
+    """
+
+    decision: str
+    dtype: str
+    weight: str
+    rows: int
+    out_features: int
+    in_features: int
+    r: int
+    microseconds: Mapping[str, float]
+
+    def distance(self, rows: int, out_features: int, in_features: int, r: int) -> tuple[float, float, float]:
+        """How far a shape is: first the layer, then the rows, then the rank, in factors of two."""
+        layer = abs(math.log2(self.out_features / out_features)) + abs(math.log2(self.in_features / in_features))
+        return layer, abs(math.log2(self.rows / rows)), abs(math.log2(self.r / r))
+
+    def is_like(self, out_features: int, in_features: int) -> bool:
+        ratios = self.out_features / out_features, self.in_features / in_features
+        return all(1 / FARTHEST <= ratio <= FARTHEST for ratio in ratios)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The measurements of one device; `path` is where they were read."""
+
+    device: str
+    path: Path
+    measurements: tuple[Measurement, ...]
+
+    def nearest(
+        self, decision: str, dtype: str, weight: str, rows: int, out_features: int, in_features: int, r: int
+    ) -> Measurement | None:
+        """The measurement nearest to a shape; None if no layer like it was measured."""
+        shape = rows, out_features, in_features, r
+        if min(shape) < 1:
+            return None
+        alike = [
+            line
+            for line in self.measurements
+            if (line.decision, line.dtype) == (decision, dtype)
+            and line.weight in (weight, "any")
+            and line.is_like(out_features, in_features)
+        ]
+        return min(alike, key=lambda line: line.distance(*shape), default=None)
+
+
+@functools.lru_cache(maxsize=4096)
+def fastest(
+    device: torch.device,
+    decision: str,
+    possible: tuple[str, ...],
+    *,
+    dtype: torch.dtype,
+    weight: str,
+    rows: int,
+    out_features: int,
+    in_features: int,
+    r: int = 8,
+) -> str | None:
+    """The fastest of the `possible` ways in the nearest measurement on `device`.
+
+    Args:
+        decision: "evaluation" or "update of y".
+        possible: names of ways that this process can go.
+        rows, out_features, in_features, r: M, N, K and R.
+    Returns:
+        None where nothing like it was measured, or fewer than two of the possible ways were.
+    """
+    table = table_of(chip_name(device))
+    if table is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    line = table.nearest(decision, name, weight, rows, out_features, in_features, r)
+    times = {way: time for way, time in line.microseconds.items() if way in possible} if line else {}
+    return min(times, key=times.__getitem__) if len(times) > 1 else None
+
+
+@functools.cache
+def table_of(device: str) -> Table | None:
+    """The user's table of a device, else the packaged one, else None; a file that cannot be read is passed over."""
+    folder = user_folder()
+    for path in (folder and table_path(folder, device), table_path(PACKAGED_TABLES, device)):
+        if path is None or not path.is_file():
+            continue
+        try:
+            table = read_table(path)
+        except (OSError, ValueError) as error:
+            logger.warning("the table of measured times %s is not used: %s", path, error)
+            continue
+        if table.device == device:
+            return table
+        logger.warning("the table of measured times %s is of %s, not of %s", path, table.device, device)
+    return None
+
+
+def forget() -> None:
+    """Read tables anew at the next question."""
+    table_of.cache_clear()
+    fastest.cache_clear()
+
+
+def read_table(path: Path) -> Table:
+    """The measurements of a file.
+
+    Raises:
+        ValueError: it is no such file, or of another format.
+    """
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"expected a table of format {FORMAT}")
+    try:
+        lines = tuple(measurement_of(record) for record in document["records"] if record["microseconds"])
+        return Table(str(document["device"]), path, lines)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its records are incomplete: {error!r}") from error
+
+
+def measurement_of(record: Mapping[str, Any]) -> Measurement:
+    rows, out_features, in_features, r = sizes = [record[name] for name in ("M", "N", "K", "r")]
+    times = {str(way): float(time) for way, time in record["microseconds"].items()}
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"M, N, K and r must be positive integers, got {sizes}")
+    if not all(0 < time < math.inf for time in times.values()):
+        raise ValueError(f"times must be positive, got {times}")
+    kind = record["decision"], record["dtype"], record["weight"]
+    return Measurement(*kind, rows, out_features, in_features, r, times)
+
+
+def user_folder() -> Path | None:
+    """Where the user's tables are: SDA_FAST_TUNED, None if that is empty, else the platform's cache folder."""
+    chosen = os.environ.get("SDA_FAST_TUNED")
+    if chosen is not None:
+        return Path(chosen).expanduser() if chosen else None
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "sda-fast" / "tuned"
+
+
+def table_path(folder: Path, device: str) -> Path:
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+@functools.cache
+def chip_name(device: torch.device) -> str:
+    """The name that tables know a device by; of a processor also family and model, since one name may cover many."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    names = re.findall(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    numbers = [re.findall(rf"^{field}\s*:\s*(\d+)$", text, re.MULTILINE) for field in ("cpu family", "model")]
+    if names and all(numbers):
+        return f"{names[0]} (family {numbers[0][0]}, model {numbers[1][0]})"
+    return platform.processor() or platform.machine() or "unknown processor"
+
+
+def document_of(device: str, records: Sequence[Mapping[str, Any]], **described: object) -> dict[str, Any]:
+    """A table as its file has it: `described` says versions, date, command and timer."""
+    return {"format": FORMAT, "device": device, **described, "records": list(records)}
