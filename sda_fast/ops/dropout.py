@@ -144,14 +144,18 @@ def byte_masks(dtype: torch.dtype, device: torch.device) -> Tensor:
 INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def drop(values: Tensor, bits: Tensor) -> Tensor:
-    """`values` with the dropped elements set to zero and the kept ones as they are.
+def element_masks(bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """`bits` from `keep_bits` as integers of the size of `dtype`, all ones where kept: [M, columns]."""
+    masks = byte_masks(INTEGER_OF_SIZE[dtype.itemsize], bits.device).index_select(0, bits.reshape(-1).int())
+    masks = masks.view(bits.shape[0], bits.shape[1] * 8)
+    return masks if columns == masks.shape[1] else masks[:, :columns]
 
-    Args:
-        values: [M, K] floating point.
-        bits: [M, ceil(K / 8)] from `keep_bits`.
-    """
-    rows, columns = values.shape
-    integer = INTEGER_OF_SIZE[values.element_size()]
-    masks = byte_masks(integer, values.device).index_select(0, bits.reshape(-1).int()).view(rows, bits.shape[1] * 8)
-    return torch.bitwise_and(values.contiguous().view(integer), masks[:, :columns]).view(values.dtype)
+
+def masked(values: Tensor, masks: Tensor) -> Tensor:
+    """`values` [M, K] with the dropped elements set to zero and the kept ones as they are; masks of `element_masks`."""
+    return torch.bitwise_and(values.contiguous().view(masks.dtype), masks).view(values.dtype)
+
+
+def drop(values: Tensor, bits: Tensor) -> Tensor:
+    """`masked` by the bits [M, ceil(K / 8)] from `keep_bits`."""
+    return masked(values, element_masks(bits, values.shape[1], values.dtype))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sda_fast.ops.dropout import drop, dropout_scale, keep_bits
+from sda_fast.ops.dropout import drop, dropout_scale, element_masks, keep_bits, masked
 from sda_fast.ops.quantized import WeightLayout, decode, workspaces
 
 # Elements of x that are masked at once: the masked copy should stay in the cache.
@@ -76,15 +76,20 @@ def by_id(matrix: Tensor, lines: int) -> Tensor:
 
 def gated(matrix: Tensor, gate: Tensor) -> Tensor:
     """matrix * G for G given as one line per id: [M, R]."""
-    if gate.shape[0] == matrix.shape[0]:
+    if gate.shape[0] in (1, matrix.shape[0]):
         return matrix * gate
     return (by_id(matrix, gate.shape[0]) * gate[:, None]).view(matrix.shape)
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows with at most ELEMENTS_PER_CHUNK elements each."""
+    """Slices of rows with at most ELEMENTS_PER_CHUNK elements each, at least one."""
     step = max(1, ELEMENTS_PER_CHUNK // max(1, columns))
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+    return (slice(first, min(first + step, rows)) for first in range(0, max(1, rows), step))
+
+
+def in_one(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """The parts side by side, a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def forward(
@@ -95,10 +100,8 @@ def forward(
     if dropout > 0:
         assert seed is not None
         bits = keep_bits(x.shape[0], x.shape[1], dropout, seed)
-        h = torch.empty(x.shape[0], lora_A.shape[0], dtype=wide(x.dtype), device=x.device)
-        for rows in row_chunks(*x.shape):
-            h[rows] = drop(x[rows], bits[rows]) @ lora_A.t()
-        h.mul_(dropout_scale(dropout))
+        parts = [drop(x[rows], bits[rows]) @ lora_A.t() for rows in row_chunks(*x.shape)]
+        h = in_one(parts).to(wide(x.dtype)).mul_(dropout_scale(dropout))
     else:
         bits = torch.empty(0, dtype=torch.uint8, device=x.device)
         h = (x @ lora_A.t()).to(wide(x.dtype))
@@ -134,10 +137,11 @@ def backward(
     needs_gates: bool,
 ) -> Gradients:
     """Gradients from all dy of the group; DESIGN.md section 3. `x` and `h` may be None where they are not needed."""
-    dtype, M = dys[0].dtype, dys[0].shape[0]
+    dtype = dys[0].dtype
     sums = wide(dtype)
     dx: Tensor | None = None
-    dh = torch.empty(M, members[-1].ranks.stop, dtype=sums, device=dys[0].device) if needs_x or needs_A else None
+    needs_dh = needs_x or needs_A
+    dh_parts: list[Tensor] = []
     gradients = Gradients(None, None, [], [])
     for member, dy in zip(members, dys, strict=True):
         if needs_x:
@@ -148,18 +152,18 @@ def backward(
         if needs_B:
             assert h is not None
             dB = (gated(h[:, member.ranks], gate).to(dtype).t() @ dy).t()
-        if dh is not None or needs_gates:
+        if needs_dh or needs_gates:
             dhg = (dy @ member.lora_B.to(dtype)).to(sums)
-            if dh is not None:
-                dh[:, member.ranks] = gated(dhg, gate)
+            if needs_dh:
+                dh_parts.append(gated(dhg, gate))
             if needs_gates:
                 assert h is not None
                 dgates = gate_gradient(dhg * h[:, member.ranks], member, modality_ids)
         gradients.dB.append(dB)
         gradients.dgates.append(dgates)
     gradients.dx = dx
-    if dh is not None:
-        gradients.dA = low_rank_backward(x, dh, bits, members, dx, dropout, dtype, needs_A)
+    if needs_dh:
+        gradients.dA = low_rank_backward(x, in_one(dh_parts, 1), bits, members, dx, dropout, dtype, needs_A)
     return gradients
 
 
@@ -167,7 +171,8 @@ def gate_gradient(products: Tensor, member: Member, modality_ids: Tensor | None)
     """dg = scaling * sum of dhg * h over the rows of a modality and the ranks of an expert, in the shape of gates."""
     modalities, experts = member.gates.shape
     lines = modalities if modality_ids is None else modality_ids.shape[0]
-    of_line = by_id(products, lines).sum(1).view(lines, experts, products.shape[1] // experts).sum(2) * member.scaling
+    by_expert = by_id(products, lines).unflatten(2, (experts, products.shape[1] // experts))
+    of_line = by_expert.sum((1, 3)) * member.scaling
     if modality_ids is None:
         return of_line
     # A product with the indicator of each modality, because index_add is not deterministic on a GPU.
@@ -195,10 +200,12 @@ def low_rank_backward(
     assert bits is not None
     scale = dropout_scale(dropout)
     scaled = (dh * scale).to(dtype)
-    dA = torch.zeros(lora_A.shape, dtype=dh.dtype, device=dh.device) if needs_A else None
+    dA: Tensor | None = None
     for rows in row_chunks(dh.shape[0], lora_A.shape[1]):
-        if dA is not None and x is not None:
-            dA += scaled[rows].t() @ drop(x[rows], bits[rows])
+        masks = element_masks(bits[rows], lora_A.shape[1], dtype)
+        if needs_A and x is not None:
+            part = scaled[rows].t() @ masked(x[rows], masks)
+            dA = part.to(dh.dtype) if dA is None else dA.add_(part)
         if dx is not None:
-            dx[rows] += drop(scaled[rows] @ lora_A, bits[rows])
+            dx[rows].add_(masked(scaled[rows] @ lora_A, masks))
     return dA
