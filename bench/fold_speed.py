@@ -17,10 +17,10 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from layers import device_name, versions
-from measure import percentile, ratio, time_in_turns
 from sda_fast import MoDALinear
 from sda_fast.atomic import write_json_atomic
 from sda_fast.ops.fold_regimes import forced_evaluation
+from sda_fast.timing import percentile, ratio, time_in_turns
 
 SHAPES = ((512, 512), (1024, 1024), (256, 1536))
 ROWS_BY_RATIO = (0.25, 0.5, 1, 2, 4, 8)

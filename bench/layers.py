@@ -14,7 +14,6 @@ import platform
 import re
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ import tables
 from baselines.moda_layers import COMPILED, FROZEN, METHODS, OURS, PEFT, Contestant
 from cases import Case, cases
 from check_layers import Checker, build
-from measure import PERCENTILES, Step, bytes_kept, peak_bytes, percentile, ratio, time_in_turns
+from measure import PERCENTILES, bytes_kept, peak_bytes
 from sda_fast.atomic import write_json_atomic
+from sda_fast.bench_command import chosen_device
+from sda_fast.timing import Step, one_thread_on_a_cpu, percentile, ratio, time_in_turns
 
 logger = logging.getLogger(__name__)
 
@@ -183,19 +184,6 @@ def reasons_for_all(table: Sequence[Case], methods: Sequence[str]) -> dict[str, 
     return reasons
 
 
-def chosen_device(name: str) -> str:
-    """ "cpu" or "cuda".
-
-    Raises:
-        ValueError: "cuda" was asked for and is not there.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a GPU and a CUDA build of torch; neither device nor driver was found")
-    return name
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -214,15 +202,3 @@ def versions() -> dict[str, str]:
         if importlib.util.find_spec(package):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-@contextmanager
-def one_thread_on_a_cpu(device: torch.device):
-    """Processor time is only comparable on one thread."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

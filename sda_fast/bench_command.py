@@ -1,6 +1,6 @@
-"""`sda-fast bench`: one adapted layer beside the frozen layer and other ways, measured on the device at hand.
+"""`sda-fast bench`: benchmarks on the device at hand, and with --tune the table that chooses among our own ways there.
 
-The benchmark is in the repository's folder `bench/`, which no wheel has.
+The benchmarks are in the repository's folder `bench/`, which no wheel has; tuning is in the package.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from sda_fast.arguments import setting
 
 
@@ -20,22 +22,34 @@ from sda_fast.arguments import setting
 class BenchConfig:
     """What `sda-fast bench` measures and where its results go."""
 
+    what: Literal["layer", "nf4"] = setting(
+        "layer", "layer: one adapted layer in training and evaluation; nf4: 4-bit decode and products, a decoder layer "
+        "in evaluation, embedding a catalogue"
+    )  # fmt: skip
+    tune: bool = setting(
+        False, "measure the ways of computing a layer instead, and write the table that chooses among them here"
+    )
     quick: bool = setting(True, "the short table of cases; --no-quick measures the whole one")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to measure; auto takes a GPU if there is one")
     layers: tuple[str, ...] = setting((), "only these layers: q, up, down, k (of Qwen2.5-VL-7B), medium or small")
     methods: tuple[str, ...] = setting((), 'only these methods, for example MoDA "frozen layer" "PEFT LoRA"')
-    seconds: float = setting(4.0, "how long each case is timed per pass")
+    shapes: tuple[str, ...] = setting((), "with --tune: only these layers, outputs x inputs, such as 3584x18944")
+    seconds: float | None = setting(None, "how long each case is timed per pass (default: 4; nf4 2; --tune 0.5)")
     compile_cases: int | None = setting(
         None, "compile the baseline under torch.compile for so many cases (default: all)"
     )
     limit: float = setting(3600.0, "start no further case after so many seconds")
     measure: bool = setting(True, "--no-measure only draws and writes tables from the results files there are")
-    output: Path | None = setting(None, "folder of the results files (default: bench/results of the checkout)")
+    output: Path | None = setting(
+        None, "folder of the results files (default: bench/results of the checkout; --tune: the user's cache folder)"
+    )
     picture: bool = setting(True, "draw a picture beside the results file (needs matplotlib)")
     page: Path | None = setting(None, "rewrite the tables of this page, docs/performance.md, from the results files")
     invocation: str = field(default="", metadata={"hidden": True})
 
     def __post_init__(self) -> None:
+        if self.seconds is None:
+            self.seconds = 0.5 if self.tune else {"layer": 4.0, "nf4": 2.0}[self.what]
         if self.seconds <= 0 or self.limit < 0:
             raise ValueError(f"seconds must be positive and limit not negative, got {self.seconds} and {self.limit}")
 
@@ -57,16 +71,20 @@ def bench_folder() -> Path:
 
 
 def run_bench(config: BenchConfig) -> str:
-    """Measure case by case, write the results file, picture and page; returns the table and what was written."""
+    """Tune, or measure case by case and write the results file, picture and page; returns what is to be shown."""
+    config = dataclasses.replace(config, invocation=config.invocation or shlex.join(["sda-fast", *sys.argv[1:]]))
+    if config.tune:
+        from sda_fast import tune
+
+        return tune.run(config, torch.device(chosen_device(config.device)))
     folder = bench_folder()
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     output = config.output or folder / "results"
-    invocation = config.invocation or shlex.join(["sda-fast", *sys.argv[1:]])
-    config = dataclasses.replace(config, output=output, invocation=invocation)
+    config = dataclasses.replace(config, output=output)
     lines = []
     if config.measure:
-        lines.append(importlib.import_module("layers").run(config))
+        lines.append(importlib.import_module({"layer": "layers", "nf4": "nf4_run"}[config.what]).run(config))
     tables = importlib.import_module("tables")
     written = tables.result_files(output)
     if config.picture:
@@ -75,3 +93,16 @@ def run_bench(config: BenchConfig) -> str:
         tables.update_page(config.page, output)
         written.append(config.page)
     return "\n".join([*lines, "", "results: " + ", ".join(map(str, written))])
+
+
+def chosen_device(name: str) -> str:
+    """ "cpu" or "cuda".
+
+    Raises:
+        ValueError: "cuda" was asked for and is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU and a CUDA build of torch; neither device nor driver was found")
+    return name
