@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sda_fast.atomic import write_json_atomic, write_safetensors_atomic
 from sda_fast.moda.config import MoDAConfig
+from sda_fast.moda.folder import CONFIG_FILE, WEIGHTS_FILE
 from sda_fast.moda.linear import gates_from
-from sda_fast.moda.save import CONFIG_FILE, WEIGHTS_FILE, AdapterMismatchError, read_adapter
+from sda_fast.moda.save import AdapterMismatchError, adapted_names, named_as_in, read_adapter
 
 
 def gated_lora(tensors: dict[str, Tensor], config: MoDAConfig, modality: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -27,22 +28,30 @@ def gated_lora(tensors: dict[str, Tensor], config: MoDAConfig, modality: int) ->
     Returns:
         Layer name -> (A [R, K], B diag(g) [N, R]), float32.
     """
-    layers = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     result = {}
-    for layer in layers:
+    for layer in adapted_names(tensors):
         gates = gates_from(tensors[f"{layer}.gate_embedding"], tensors[f"{layer}.gate_proj"])[modality]
         columns = gates.float().repeat_interleave(config.r // config.num_experts)
         result[layer] = (tensors[f"{layer}.lora_A"].float(), tensors[f"{layer}.lora_B"].float() * columns)
     return result
 
 
-def export_lora(adapter: str | os.PathLike[str], output: str | os.PathLike[str], modality: str | int) -> Path:
+def export_lora(
+    adapter: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    modality: str | int,
+    *,
+    model: torch.nn.Module | None = None,
+) -> Path:
     """Write one modality of a MoDA adapter as a LoRA that unmodified PEFT, or anything that serves LoRAs, loads.
 
     Args:
-        adapter: folder written by `save_adapter` or PEFT.
+        adapter: folder written by `save_adapter` or PEFT, or a hub id.
         output: folder to write.
         modality: a name or id.
+        model: layers are named as in this one, which may be on the meta device; default: as in the model that was
+            trained. It matters: PEFT takes a LoRA for a model with its language head into one without, and the other
+            way round, but leaves its weights out.
     Returns:
         `output`.
     Raises:
@@ -50,6 +59,7 @@ def export_lora(adapter: str | os.PathLike[str], output: str | os.PathLike[str],
         ValueError: the adapter does not know the modality.
     """
     config, tensors, base_model_name = read_adapter(adapter)
+    tensors = tensors if model is None else named_as_in(model, tensors)
     lora = gated_lora(tensors, config, modality_id(config, modality))
     weights = {}
     for layer, (lora_A, lora_B) in lora.items():
@@ -69,8 +79,8 @@ def merge_into(model: torch.nn.Module, adapter: str | os.PathLike[str], modality
         ValueError: the adapter does not know the modality.
     """
     config, tensors, _ = read_adapter(adapter)
-    scaling = config.scaling
-    for layer, (lora_A, lora_B) in gated_lora(tensors, config, modality_id(config, modality)).items():
+    lora = gated_lora(named_as_in(model, tensors), config, modality_id(config, modality))
+    for layer, (lora_A, lora_B) in lora.items():
         try:
             weight = model.get_submodule(layer).weight
         except AttributeError as error:
@@ -80,7 +90,7 @@ def merge_into(model: torch.nn.Module, adapter: str | os.PathLike[str], modality
                 f"{layer} is not held in floating point; load the model with quantization='none'"
             )
         with torch.no_grad():
-            update = scaling * (lora_B.to(weight.device) @ lora_A.to(weight.device))
+            update = config.scaling * (lora_B.to(weight.device) @ lora_A.to(weight.device))
             weight.copy_((weight.float() + update).to(weight.dtype))
 
 

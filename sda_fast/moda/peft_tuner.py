@@ -113,7 +113,11 @@ class MoDATunerLayer(FoldableLayer, BaseTunerLayer):
         return active[0]
 
     def _active(self, name: str) -> Any:
-        return getattr(self, name)[self.active_name]
+        active = self.active_name
+        if active is None:
+            state = "disabled" if self.disable_adapters else "none of them is active"
+            raise ValueError(f"the layer's adapters ({', '.join(self.configs) or 'none'}) do not compute now: {state}")
+        return getattr(self, name)[active]
 
     # From here to adapter_tensors: what makes it an AdaptedLayer.
     @property

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sda_fast.atomic import write_json_atomic, write_safetensors_atomic
 from sda_fast.moda.config import MoDAConfig
+from sda_fast.moda.folder import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from sda_fast.moda.inject import adapt_model, named_moda_parameters
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "MODA"
 TENSOR_PREFIX = "base_model.model."
 SAVED_NAMES = {
@@ -68,16 +68,19 @@ def config_of(model: nn.Module) -> MoDAConfig:
     return config
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> tuple[MoDAConfig, dict[str, Tensor], str | None]:
-    """The configuration of an adapter on disk, its tensors by their names in the model, and its base model's name.
+def read_adapter(adapter: str | os.PathLike[str]) -> tuple[MoDAConfig, dict[str, Tensor], str | None]:
+    """An adapter's configuration, its tensors by their names in the model it was saved from, and that model's name.
 
+    Args:
+        adapter: a folder or a hub id, see `adapter_folder`.
     Raises:
-        FileNotFoundError: there is no adapter in the folder.
+        FileNotFoundError: there is no adapter.
         AdapterMismatchError: it is not a MoDA adapter.
     """
     from safetensors.torch import load_file
 
-    path = Path(folder) / CONFIG_FILE
+    folder = adapter_folder(adapter)
+    path = folder / CONFIG_FILE
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -87,7 +90,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[MoDAConfig, dict[str, 
         raise AdapterMismatchError(f"{path} is not a MoDA adapter: expected peft_type {PEFT_TYPE!r}, got {found!r}")
     known = {field.name for field in dataclasses.fields(MoDAConfig)}
     config = MoDAConfig(**{name: value for name, value in description.items() if name in known})
-    tensors = load_file(Path(folder) / WEIGHTS_FILE)
+    tensors = load_file(folder / WEIGHTS_FILE)
     return (
         config,
         {loaded_name(name): value for name, value in tensors.items()},
@@ -95,32 +98,56 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[MoDAConfig, dict[str, 
     )
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> MoDAConfig:
+def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> MoDAConfig:
     """Load an adapter into a model, adapting it first if it is not adapted yet.
 
     Everything is checked before anything of an adapted model is changed.
 
     Args:
-        model: the base model, or one adapted with the same configuration.
-        folder: written by `save_adapter` or by PEFT.
+        model: the base model, or one adapted with the same configuration; with or without its language head, however
+            the model was that the adapter is from.
+        adapter: a folder written by `save_adapter` or by PEFT, or the hub id of one.
     Returns:
         The adapter's configuration.
     Raises:
         FileNotFoundError: a file is missing.
         AdapterMismatchError: configuration, names or shapes do not fit; the message says which.
     """
-    config, tensors, _ = read_adapter(folder)
+    config, saved, _ = read_adapter(adapter)
+    tensors = named_as_in(model, saved)
     if getattr(model, "moda_config", None) is None:
-        check_layers_exist(model, [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")])
+        layers = adapted_names(tensors)
+        check_layers_exist(model, layers)
+        if layers != adapted_names(saved):
+            config = dataclasses.replace(config, target_modules=tuple(layers), exclude_modules=None)
         adapt_model(model, config)
     else:
         check_same_config(config_of(model), config)
     parameters = dict(named_moda_parameters(model))
-    check_tensors(parameters, tensors, Path(folder) / WEIGHTS_FILE)
+    check_tensors(parameters, tensors, f"{adapter}: {WEIGHTS_FILE}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return config
+
+
+def adapted_names(tensors: dict[str, Tensor]) -> list[str]:
+    """The names of the layers that an adapter's tensors belong to."""
+    return [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+
+
+def named_as_in(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that their layers have in `model`.
+
+    transformers calls a layer "language_model.layers.0..." in a model without its language head and
+    "model.language_model.layers.0..." in one with it.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    present = {name for name, _ in model.named_modules()}
+    for change in (str, prefix.__add__, lambda name: name.removeprefix(prefix)):
+        if all(change(layer) in present for layer in adapted_names(tensors)):
+            return {change(name): value for name, value in tensors.items()}
+    return tensors
 
 
 def check_layers_exist(model: nn.Module, names: list[str]) -> None:
@@ -149,7 +176,7 @@ def check_same_config(of_model: MoDAConfig, of_adapter: MoDAConfig) -> None:
         raise AdapterMismatchError("; ".join(different))
 
 
-def check_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], path: Path) -> None:
+def check_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: str) -> None:
     """Names and shapes on disk must be those of the model."""
     missing = [name for name in parameters if name not in tensors]
     unexpected = [name for name in tensors if name not in parameters]
@@ -164,7 +191,7 @@ def check_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor
         if names
     ]
     if faults:
-        raise AdapterMismatchError(f"{path} does not fit the model; " + "; ".join(faults))
+        raise AdapterMismatchError(f"{source} does not fit the model; " + "; ".join(faults))
 
 
 def some(names: list[str], shown: int = 8) -> str:
