@@ -1,0 +1,163 @@
+"""`sda-fast bench --tune` on tiny layers: what it measures, checks, writes and refuses, and that the library obeys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sda_fast import MoDALinear, tune
+from sda_fast.bench_command import BenchConfig, run_bench
+from sda_fast.cli import main
+from sda_fast.ops import measured, moda_evaluate
+from sda_fast.ops.measured import chip_name
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def user_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("SDA_FAST_TUNED", str(tmp_path / "tuned"))
+    measured.forget()
+    yield tmp_path / "tuned"
+    measured.forget()
+
+
+def config(**options: object) -> BenchConfig:
+    options = {"device": "cpu", "seconds": 0.001, "shapes": ("32x64",), "invocation": "a command"} | options
+    return BenchConfig(tune=True, **options)  # type: ignore[arg-type]
+
+
+def test_the_command_writes_a_table_that_the_library_then_reads(user_tables: Path, capsys) -> None:
+    words = ["bench", "--tune", "--device", "cpu", "--shapes", "32x64", "16x96", "--seconds", "0.001"]
+    assert main(words) == 0
+    (path,) = user_tables.iterdir()
+    document = json.loads(path.read_text())
+    assert document["device"] == chip_name(CPU) and document["versions"]["torch"] == torch.__version__
+    assert document["date"] and document["timer"] and document["command"].startswith("sda-fast ")
+    assert {(r["N"], r["K"]) for r in document["records"]} == {(32, 64), (16, 96)}
+    assert {(r["dtype"], r["weight"]) for r in document["records"]} == {
+        (dtype, weight) for dtype in ("float32", "bfloat16") for weight in ("float", "nf4")
+    }
+    assert all(set(r["microseconds"]) == {"fold", "unfold"} for r in document["records"])
+    assert f"table: {path}, used from now on" in capsys.readouterr().out
+    assert len(measured.table_of(chip_name(CPU)).measurements) == len(document["records"])
+
+
+@pytest.mark.parametrize("fast", ["fold", "unfold"])
+def test_evaluation_goes_the_way_that_was_faster(user_tables: Path, fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tune.time_in_turns
+
+    def timed(ways, *arguments, **options):
+        assert set(real(ways, *arguments, **options)) == set(ways)
+        return {name: [1.0 if name == fast else 2.0] for name in ways}
+
+    monkeypatch.setattr(tune, "time_in_turns", timed)
+    run_bench(config())
+    called = []
+    for name in ("folded_output", "unfolded_output"):
+        monkeypatch.setattr(moda_evaluate, name, lambda m, x, *a, n=name: (called.append(n), x.new_zeros(0))[1])
+    with torch.no_grad():
+        for rows in (1, 10_000):
+            MoDALinear(torch.nn.Linear(64, 32)).eval()(torch.zeros(rows, 64), 1)
+    assert called == [f"{fast}ed_output"] * 2
+
+
+def test_a_wrong_way_has_no_time(user_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = moda_evaluate.folded_output
+    monkeypatch.setattr(moda_evaluate, "folded_output", lambda *arguments: folded(*arguments) * 1.02)
+    shown = run_bench(config())
+    (path,) = user_tables.iterdir()
+    for record in json.loads(path.read_text())["records"]:
+        assert set(record["microseconds"]) == {"unfold"} and record["refused"]["fold"].startswith("its error is ")
+    assert measured.fastest(
+        CPU, "evaluation", ("fold", "unfold"), dtype=torch.float32, weight="float", rows=1, out_features=32,
+        in_features=64,
+    ) is None  # fmt: skip
+    assert "unfold" in shown
+
+
+def test_a_way_that_breaks_does_not_end_the_rest(user_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments):
+        raise RuntimeError("no such instruction\nand a trace")
+
+    monkeypatch.setattr(moda_evaluate, "folded_output", broken)
+    run_bench(config())
+    (path,) = user_tables.iterdir()
+    refused = {record["refused"]["fold"] for record in json.loads(path.read_text())["records"]}
+    assert refused == {"failed: RuntimeError: no such instruction"}
+
+
+def test_what_the_time_ran_out_for_is_named(user_tables: Path) -> None:
+    assert run_bench(config(limit=0.0)).count("not measured, out of time") == 16
+    (path,) = user_tables.iterdir()
+    assert measured.read_table(path).measurements == ()
+
+
+def test_an_interrupted_run_leaves_the_old_table(user_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_bench(config())
+    (path,) = user_tables.iterdir()
+    before = path.read_bytes()
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "measure_case", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(config())
+    assert path.read_bytes() == before and list(user_tables.iterdir()) == [path]
+
+
+def test_another_folder_can_be_given_and_is_not_used_unless_named(tmp_path: Path, monkeypatch) -> None:
+    shown = run_bench(config(output=tmp_path / "elsewhere"))
+    assert f"used where SDA_FAST_TUNED={tmp_path / 'elsewhere'}" in shown
+    assert measured.table_of(chip_name(CPU)) is None
+    monkeypatch.setenv("SDA_FAST_TUNED", str(tmp_path / "elsewhere"))
+    measured.forget()
+    assert measured.table_of(chip_name(CPU)) is not None
+
+
+def test_mistakes_are_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    for word in ("3584", "0x4", "axb", "1x2x3"):
+        with pytest.raises(ValueError, match="outputs x inputs"):
+            run_bench(config(shapes=(word,)))
+    monkeypatch.setenv("SDA_FAST_TUNED", "")
+    with pytest.raises(ValueError, match="give --output"):
+        run_bench(config())
+    if not torch.cuda.is_available():
+        assert main(["bench", "--tune", "--device", "cuda"]) == 2
+        assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_the_table_of_a_gpu_covers_both_decisions_and_every_layer() -> None:
+    table = tune.cases("cuda", quick=True)
+    assert {case.decision for case in table} == {"evaluation", "update of y"}
+    of = {(case.out_features, case.in_features) for case in table}
+    assert of == {(3584, 3584), (512, 3584), (18944, 3584), (3584, 18944)}
+    assert {1, 64, 8192} <= {case.rows for case in table if case.decision == "evaluation"}
+    assert set(table) <= set(tune.cases("cuda", quick=False))
+    assert {case.weight for case in tune.cases("cuda", quick=True, four_bit=False)} == {"float", "any"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it in its table")
+def test_both_updates_of_y_pass_their_check() -> None:
+    case = tune.Case("update of y", torch.float32, "any", 9, 24, 32)
+    record = tune.measure_case(case, CPU, 0.001)
+    assert set(record["microseconds"]) == {"in place", "accumulator"}
+
+
+def test_packaged_tables_are_those_of_the_results_folder() -> None:
+    packaged = Path(measured.__file__).with_name("tables")
+    results = ROOT / "bench" / "results" / "tuned"
+    files = sorted(packaged.glob("*.json"))
+    assert files
+    for path in files:
+        table = measured.read_table(path)
+        assert measured.table_path(packaged, table.device) == path and table.measurements
+        assert path.read_text() == (results / path.name).read_text()
+        document = json.loads(path.read_text())
+        assert all(document[name] for name in ("versions", "date", "command", "timer"))
