@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from sda_fast.presets import with_preset
+
 
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with a default and the help text of its command-line option; lists and dicts are copied."""
@@ -38,7 +40,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_class: type) ->
 
 
 def config_from_arguments(config_class: type, arguments: argparse.Namespace) -> Any:
-    """Build the dataclass from the parsed options; options that were not given keep the dataclass's own defaults."""
+    """Build the dataclass from the parsed options; those not given are the preset's, if one is, or the defaults."""
     given = vars(arguments)
     values = {field.name: given[field.name] for field in dataclasses.fields(config_class) if field.name in given}
     for name, hint in get_type_hints(config_class).items():
@@ -46,7 +48,7 @@ def config_from_arguments(config_class: type, arguments: argparse.Namespace) -> 
             values[name] = tuple(values[name])
         elif name in values and isinstance(values[name], _Pairs):
             values[name] = dict(values[name])
-    return config_class(**values)
+    return with_preset(config_class, values.pop("preset", None), **values)
 
 
 def _help_text(field: dataclasses.Field[Any], required: bool) -> str:

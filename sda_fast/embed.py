@@ -6,9 +6,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,11 +31,20 @@ from sda_fast.lvlm.encode import encode
 from sda_fast.lvlm.load import load_lvlm
 from sda_fast.lvlm.prompts import PromptConfig, attribute_text
 from sda_fast.moda.fold import fold_model
+from sda_fast.moda.folder import TRAINING_FILE, adapter_folder
 from sda_fast.moda.save import load_adapter
+from sda_fast.presets import Presets, log_differences
 
 logger = logging.getLogger(__name__)
 
 MODALITIES = ("image", "text")
+PUBLISHED: Mapping[str, Any] = {
+    "pca": "per-modality",
+    "pca_dim": 768,
+    "pool_template": True,
+    "min_pixels": 20 * 20,
+    "max_pixels": 256 * 256,
+}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -52,13 +61,20 @@ class EmbedConfig:
         ValueError: a value is out of range; the message quotes it.
     """
 
+    presets: ClassVar[Presets] = {"published": PUBLISHED}
+
     model: str = field(metadata=_help("model folder or hub name, e.g. Qwen/Qwen2.5-VL-7B-Instruct"))
     items: Path = field(metadata=_help("catalogue: JSON lines, .jsonl or .jsonl.gz"))
     output: Path = field(metadata=_help("the table to write, e.g. vectors.safetensors"))
     images: Path | None = field(
         default=None, metadata=_help("folder that image paths start from; default: the catalogue's")
     )
-    adapter: Path | None = field(default=None, metadata=_help("adapter folder; default: none, zero-shot vectors"))
+    adapter: Path | None = field(
+        default=None, metadata=_help("adapter folder or hub id; default: none, zero-shot vectors")
+    )
+    preset: Literal["published"] | None = field(
+        default=None, metadata=_help("start from the published settings; differences are logged")
+    )
 
     pca: Literal["per-modality", "joint", "none"] = field(
         default="per-modality",
@@ -137,7 +153,7 @@ class EmbedConfig:
 
     def trained_with(self) -> dict[str, Any]:
         """The settings in the adapter's training.json; {} without one."""
-        path = None if self.adapter is None else self.adapter / "training.json"
+        path = None if self.adapter is None else self.adapter / TRAINING_FILE
         if path is None or not path.is_file():
             return {}
         return json.loads(path.read_text(encoding="utf-8"))["settings"]
@@ -157,8 +173,9 @@ def embed(config: EmbedConfig) -> Path:
         FileNotFoundError: no such model or adapter.
     """
     catalogue = read_items(config.items, config.images)
-    if config.adapter is not None and not (config.adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"the folder {config.adapter} holds no adapter: adapter_config.json is missing")
+    log_differences(config)
+    if config.adapter is not None:
+        config = replace(config, adapter=adapter_folder(config.adapter))
     quantization = config.trained_with().get("quantization", config.quantization)
     if quantization != config.quantization:
         logger.warning("the adapter was trained with quantization %s, not %s", quantization, config.quantization)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from sda_fast.arguments import setting
 from sda_fast.atomic import write_json_atomic
@@ -16,6 +16,7 @@ from sda_fast.data.items import read_items
 from sda_fast.embed import EmbedConfig, embed
 from sda_fast.lvlm.prompts import PromptConfig
 from sda_fast.lvlm.tiny import build_tiny_lvlm
+from sda_fast.presets import Presets, log_differences, with_preset
 from sda_fast.recommend import RecommendConfig, recommend
 from sda_fast.report import ReportConfig, write_report
 from sda_fast.train import FinetuneConfig, finetune
@@ -30,6 +31,19 @@ METHODS: Mapping[str, Mapping[str, Any] | None] = {
     "MoDA + InfoNCE": {"adapter": "moda", "loss": "infonce"},
     "SDA": {"adapter": "moda", "loss": "cmsa"},
 }
+PUBLISHED: Mapping[str, Any] = {
+    "model": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "steps": 4000,
+    "batch_size": 32,
+    "learning_rate": 2e-4,
+    "lora_dropout": 0.1,
+    "max_pixels": 256 * 256,
+    "gradient_checkpointing": True,
+    "pca_dim": 768,
+    "recommenders": ("sasrec", "bert4rec", "gru4rec", "vbpr"),
+    "embedding_dim": 128,
+    "adapter_hidden": 768,
+}
 
 
 @dataclass(frozen=True)
@@ -40,10 +54,15 @@ class PipelineConfig:
         ValueError: a method is unknown.
     """
 
+    presets: ClassVar[Presets] = {"published": PUBLISHED}
+
     items: Path = field(metadata={"help": "catalogue: JSON lines, .jsonl or .jsonl.gz"})
     interactions: Path = field(metadata={"help": "table with user, item and timestamp (.tsv or .csv, also .gz)"})
     output: Path = field(metadata={"help": "folder for everything the run makes; a second start continues there"})
     images: Path | None = setting(None, "folder that image paths start from; default: the catalogue's")
+    preset: Literal["published"] | None = setting(
+        None, "start every job from the published settings, and from Qwen2.5-VL-7B; differences are logged"
+    )
     name: str = setting("", "name of the data set in the report")
     synthetic: bool = setting(False, "the data are generated; the report says so")
     truth: Path | None = setting(None, "table of the true factors of a generated catalogue, shown as 'oracle'")
@@ -92,6 +111,7 @@ def run_pipeline(config: PipelineConfig) -> Path:
         ValueError: a setting does not fit; each job names what it expected.
         sda_fast.data.errors.DataError: the inputs are faulty; file and line are named.
     """
+    log_differences(config)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     stages = StageClock(output / "timings.json")
@@ -140,7 +160,9 @@ def _small_model(config: PipelineConfig, output: Path, stages: StageClock) -> Pa
 
 
 def _finetune_config(config: PipelineConfig, model: str, method: str, folder: Path) -> FinetuneConfig:
-    return FinetuneConfig(
+    return with_preset(
+        FinetuneConfig,
+        config.preset,
         model=model,
         items=config.items,
         images=config.images,
@@ -161,7 +183,9 @@ def _finetune_config(config: PipelineConfig, model: str, method: str, folder: Pa
 
 
 def _embed_config(config: PipelineConfig, model: str, adapter: Path | None, table: Path) -> EmbedConfig:
-    return EmbedConfig(
+    return with_preset(
+        EmbedConfig,
+        config.preset,
         model=model,
         items=config.items,
         images=config.images,
@@ -178,7 +202,9 @@ def _embed_config(config: PipelineConfig, model: str, adapter: Path | None, tabl
 
 
 def _recommend_config(config: PipelineConfig, tables: dict[str, Path], folder: Path) -> RecommendConfig:
-    return RecommendConfig(
+    return with_preset(
+        RecommendConfig,
+        config.preset,
         interactions=config.interactions,
         items=config.items,
         output=folder,

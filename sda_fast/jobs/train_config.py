@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sda_fast.lvlm.prompts import PromptConfig
+from sda_fast.presets import Presets
 
 if TYPE_CHECKING:
     from sda_fast.lvlm.load import LVLM
@@ -67,6 +68,8 @@ class FinetuneConfig:
     Raises:
         ValueError: a value is out of range or two settings contradict each other; the message quotes them.
     """
+
+    presets: ClassVar[Presets] = {"published": PUBLISHED}
 
     model: str = field(metadata=_help("model folder or hub name, e.g. Qwen/Qwen2.5-VL-7B-Instruct"))
     items: Path = field(metadata=_help("catalogue: JSON lines, .jsonl or .jsonl.gz", changeable=True))

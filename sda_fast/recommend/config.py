@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from sda_fast.presets import Presets
 
 RECOMMENDERS = ("sasrec", "bert4rec", "gru4rec", "vbpr")
 BASELINES = ("random", "popularity", "transition")
+PUBLISHED: Mapping[str, Any] = {
+    "vector_part": "vectors",
+    "recommenders": RECOMMENDERS,
+    "id_only": True,
+    "embedding_dim": 128,
+    "adapter_hidden": 768,
+    "loss": "bce",
+    "alignment_weight": 1.0,
+    "alignment_temperature": 2.0,
+    "alignment_over": "positions",
+    "sampled_negatives": 100,
+}
 ID_ONLY = "ID only"
 BASELINE = "baseline"
 
@@ -21,10 +36,15 @@ class RecommendConfig:
         ValueError: on construction, if a field has a value that no path supports.
     """
 
+    presets: ClassVar[Presets] = {"published": PUBLISHED}
+
     interactions: Path = field(metadata={"help": "table with user, item and timestamp (.tsv or .csv, also .gz)"})
     output: Path = field(metadata={"help": "folder for results.json and the single runs"})
     items: Path | None = field(
         default=None, metadata={"help": "items (JSON lines); interactions with other items are then left out"}
+    )
+    preset: Literal["published"] | None = field(
+        default=None, metadata={"help": "start from the published settings; differences are logged"}
     )
     vectors: dict[str, Path] = field(
         default_factory=dict, metadata={"help": "method name = table of item vectors written by `embed`; any number"}

@@ -22,6 +22,7 @@ from sda_fast.data.interactions import read_interactions
 from sda_fast.data.items import read_items
 from sda_fast.data.split import Split, leave_one_out
 from sda_fast.data.vectors import read_item_vectors
+from sda_fast.presets import log_differences
 from sda_fast.recommend.config import BASELINE, ID_ONLY, RecommendConfig
 from sda_fast.recommend.ranking import METRICS, Scorer, metrics_by_group, rank_held_out, user_groups
 from sda_fast.recommend.results import (
@@ -91,6 +92,7 @@ def recommend(config: RecommendConfig) -> RecommendResult:
         ValueError: no user has three different items, or fewer than half of the items have a vector.
     """
     start = time.perf_counter()
+    log_differences(config)
     catalogue = None if config.items is None else read_items(config.items)
     split = leave_one_out(read_interactions(config.interactions, catalogue), config.split_seed)
     if not len(split.evaluated_users):
