@@ -36,5 +36,6 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
-            f"{repository} is neither a folder with an adapter, {CONFIG_FILE}, nor a hub adapter that can be reached: {error}"
+            f"{repository} is neither a folder with an adapter, {CONFIG_FILE}, nor a hub adapter that can be reached: "
+            f"{error}"
         ) from error

@@ -17,6 +17,7 @@ from sda_fast import MoDAConfig, MoDALinear, adapt_model, load_adapter, modality
 from sda_fast.moda import adapted
 from sda_fast.moda.context import NoModalityError
 from sda_fast.moda.export import export_lora, merge_into
+from sda_fast.moda.fold import fold_model
 from sda_fast.moda.inject import named_moda_parameters
 from sda_fast.moda.linear import ADAPTER_PARAMETERS
 from sda_fast.moda.peft_tuner import MoDAPeftConfig, MoDATunerLayer
@@ -130,6 +131,18 @@ def test_disabled_adapters_give_the_base_model_without_a_modality() -> None:
     assert not torch.allclose(vectors(model, "image"), plain)
     with pytest.raises(NoModalityError):
         model(tokens())
+
+
+def test_disabled_adapters_cannot_be_folded_and_the_error_says_so() -> None:
+    model = get_peft_model(base_model(), MoDAPeftConfig(**SIZES))
+    randomise(model)
+    expected = vectors(model, "text")
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"\(default\) do not compute now: disabled"):
+        fold_model(model, "text")
+    fold_model(model, "text")
+    torch.testing.assert_close(vectors(model, "text"), expected)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(tokens()).last_hidden_state, base_model()(tokens()).last_hidden_state)
 
 
 def test_several_adapters_are_kept_apart_switched_and_deleted(adapter: tuple[nn.Module, Path]) -> None:
