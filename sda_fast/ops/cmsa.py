@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sda_fast.ops.cmsa_blockwise import Tiles, blockwise_backward, blockwise_forward
-from sda_fast.ops.cmsa_tiles import Form, TorchTiles, compute_dtype
+from sda_fast.ops.cmsa_tiles import Form, TorchTiles, block_size_within, compute_dtype, kept_shape
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -66,7 +66,7 @@ def cmsa_loss(
     form = checked_form(targets, row_normalized_targets, block_size, workspace_bytes)
     if normalize:
         image_embeddings, text_embeddings = normalized_rows(image_embeddings), normalized_rows(text_embeddings)
-    loss, _ = cmsa_forward(
+    loss, _, _ = cmsa_forward(
         image_embeddings,
         text_embeddings,
         temperature_tensor(temperature, image_embeddings),
@@ -192,20 +192,40 @@ def _triton_obstacle(embeddings: Tensor) -> str | None:
 
 
 def make_tiles(
-    x: Tensor, y: Tensor, temperature: Tensor, form: Form, backend: str, block_size: int, workspace_bytes: int
+    x: Tensor,
+    y: Tensor,
+    temperature: Tensor,
+    form: Form,
+    backend: str,
+    block_size: int,
+    workspace_bytes: int,
+    kept: Tensor | None = None,
 ) -> Tiles:
-    """The tiles of one batch for a resolved backend; zero for a size means: choose it."""
+    """The tiles of one batch for a resolved backend; zero for a size means: choose it. `kept`: see `TorchTiles`."""
+    workspace_bytes = workspace_bytes or default_workspace(x)
     if backend == "triton":
         from sda_fast.ops.cmsa_triton import TritonTiles
 
-        return TritonTiles(x, y, temperature, form, block_size, workspace_bytes or GPU_WORKSPACE_BYTES)
+        return TritonTiles(x, y, temperature, form, block_size, workspace_bytes)
     if float(temperature) <= 0:
         raise ValueError(f"temperature must be positive, got {float(temperature)}")
-    if not block_size:
-        workspace_bytes = workspace_bytes or (CPU_WORKSPACE_BYTES if x.device.type == "cpu" else GPU_WORKSPACE_BYTES)
-        edge = math.isqrt(workspace_bytes // (TorchTiles.BUFFERS * compute_dtype(x.dtype).itemsize))
-        block_size = max(1, edge // 64 * 64 or edge)
-    return TorchTiles(x, y, temperature, form, block_size)
+    block_size = block_size or block_size_within(workspace_bytes, len(x), x.dtype, x.device.type)
+    return TorchTiles(x, y, temperature, form, block_size, kept)
+
+
+def default_workspace(embeddings: Tensor) -> int:
+    return CPU_WORKSPACE_BYTES if embeddings.device.type == "cpu" else GPU_WORKSPACE_BYTES
+
+
+def room_for_products(x: Tensor, soft: bool, backend: str, block_size: int, workspace_bytes: int) -> Tensor:
+    """What the workspace leaves for tiles' products between sweeps; the Triton kernels keep none."""
+    if backend == "triton":
+        return x.new_empty(0, 0, dtype=compute_dtype(x.dtype))
+    workspace_bytes = workspace_bytes or default_workspace(x)
+    items = x.shape[0]
+    block_size = block_size or block_size_within(workspace_bytes, items, x.dtype, x.device.type)
+    shape = kept_shape(workspace_bytes, items, x.dtype, block_size, soft)
+    return x.new_zeros(shape, dtype=compute_dtype(x.dtype))
 
 
 @torch.library.custom_op("sda_fast::cmsa_forward", mutates_args=())
@@ -219,12 +239,16 @@ def cmsa_forward(
     backend: str,
     block_size: int,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """The loss and the statistics [6, B] that its backward needs; `detach_teacher` matters to the backward alone."""
-    form = Form(soft, row_normalized)
-    with torch.autocast(image_embeddings.device.type, enabled=False):
-        tiles = make_tiles(image_embeddings, text_embeddings, temperature, form, backend, block_size, workspace_bytes)
-        return blockwise_forward(tiles)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and what its backward needs: the statistics [6, B] and the products that were kept.
+
+    `detach_teacher` matters to the backward alone.
+    """
+    x, y, form = image_embeddings, text_embeddings, Form(soft, row_normalized)
+    kept = room_for_products(x, soft, backend, block_size, workspace_bytes)
+    with torch.autocast(x.device.type, enabled=False):
+        tiles = make_tiles(x, y, temperature, form, backend, block_size, workspace_bytes, kept)
+        return *blockwise_forward(tiles), kept
 
 
 @cmsa_forward.register_fake
@@ -238,12 +262,13 @@ def _(
     backend: str,
     block_size: int,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     check_embeddings(image_embeddings, text_embeddings)
     dtype = compute_dtype(image_embeddings.dtype)
     return (
         image_embeddings.new_empty((), dtype=dtype),
         image_embeddings.new_empty((6, image_embeddings.shape[0]), dtype=torch.float64),
+        room_for_products(image_embeddings, soft, backend, block_size, workspace_bytes),
     )
 
 
@@ -254,6 +279,7 @@ def cmsa_backward(
     text_embeddings: Tensor,
     temperature: Tensor,
     statistics: Tensor,
+    kept: Tensor,
     soft: bool,
     row_normalized: bool,
     detach_teacher: bool,
@@ -266,7 +292,7 @@ def cmsa_backward(
     """Gradients of the image vectors, the text vectors ([0, D] where not needed) and the temperature."""
     x, y, form = image_embeddings, text_embeddings, Form(soft, row_normalized)
     with torch.autocast(x.device.type, enabled=False):
-        tiles = make_tiles(x, y, temperature, form, backend, block_size, workspace_bytes)
+        tiles = make_tiles(x, y, temperature, form, backend, block_size, workspace_bytes, kept)
         gradients = blockwise_backward(
             tiles,
             statistics,
@@ -292,6 +318,7 @@ def _(
     text_embeddings: Tensor,
     temperature: Tensor,
     statistics: Tensor,
+    kept: Tensor,
     soft: bool,
     row_normalized: bool,
     detach_teacher: bool,
@@ -316,16 +343,16 @@ def _sums_fit(embeddings: Tensor, workspace_bytes: int) -> bool:
     return 2 * 4 * embeddings.numel() <= (workspace_bytes or GPU_WORKSPACE_BYTES)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, y, temperature, *options = inputs
-    _, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(x, y, temperature, statistics)
+    _, statistics, kept = output
+    ctx.mark_non_differentiable(statistics, kept)
+    ctx.save_for_backward(x, y, temperature, statistics, kept)
     ctx.options = options
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, y, temperature, statistics = ctx.saved_tensors
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, y, temperature, statistics, kept = ctx.saved_tensors
     soft, row_normalized, detach_teacher, backend, block_size, workspace_bytes = ctx.options
     needs_x, needs_y, needs_temperature = ctx.needs_input_grad[:3]
     dx, dy, dtemperature = cmsa_backward(
@@ -334,6 +361,7 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | N
         y,
         temperature,
         statistics,
+        kept,
         soft,
         row_normalized,
         detach_teacher,

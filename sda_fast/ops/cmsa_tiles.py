@@ -7,6 +7,9 @@ Tiles of L and S hold the bare products x_i y_j and x_i x_j + y_i y_j: a differe
 small, which it would not be had each been multiplied by a scale, and so rounded, before. Differences are then scaled to
 bits: in PyTorch on a CPU exp2 costs a quarter of exp (a fortieth where results underflow). What is kept by item is
 float64 and in bits: beside scores of 1e9 a float32 log-sum-exp could not tell one term from a thousand.
+
+A visit of items against themselves has M = L^T, and the transpose of T for the targets of the other order. Products
+that fit the workspace are kept for the later sweeps, up to the whole of a small batch.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from torch import Tensor
 
 Span = tuple[int, int]
 NATS_PER_BIT = math.log(2)
+CPU_BLOCK_SIZE = 256
+LARGE_BATCH = 2048
 
 
 class Form(NamedTuple):
@@ -93,6 +98,23 @@ def split_statistics(statistics: Tensor, scales: Scales, dtype: torch.dtype) -> 
     return torch.stack([part for values in by_item for part in split(values, dtype)] + [q.to(dtype)])
 
 
+def block_size_within(workspace_bytes: int, items: int, dtype: torch.dtype, device_type: str) -> int:
+    """The edge of tiles whose buffers take at most `workspace_bytes`; on a CPU no larger than its caches like."""
+    edge = math.isqrt(workspace_bytes // (TorchTiles.BUFFERS * compute_dtype(dtype).itemsize))
+    edge = max(1, edge // 64 * 64 or edge)
+    if device_type == "cpu":
+        edge = min(edge, CPU_BLOCK_SIZE if items <= LARGE_BATCH else 2 * CPU_BLOCK_SIZE)
+    return edge
+
+
+def kept_shape(workspace_bytes: int, items: int, dtype: torch.dtype, block_size: int, soft: bool) -> tuple[int, int]:
+    """How many tiles' products fit into the workspace beside the buffers, and the size of each."""
+    edge, blocks = min(block_size, items), (items + block_size - 1) // block_size
+    size = (3 if soft else 2) * edge**2
+    spare = workspace_bytes // compute_dtype(dtype).itemsize - TorchTiles.BUFFERS * edge**2
+    return max(0, min(blocks * (blocks + 1) // 2, spare // size)), size
+
+
 def _overlap(rows: Span, columns: Span) -> Span:
     return max(rows[0], columns[0]), min(rows[1], columns[1])
 
@@ -113,17 +135,22 @@ class TorchTiles:
         temperature: scalar tensor.
         form: which loss.
         block_size: the largest number of rows and of columns of a visit.
+        kept: [tiles, elements] as `kept_shape` says, for the products of the first tiles of a symmetric sweep.
+            `statistics` fills it, everything else reads it; None keeps nothing.
     """
 
-    BUFFERS = 8
+    BUFFERS = 9
 
-    def __init__(self, x: Tensor, y: Tensor, temperature: Tensor, form: Form, block_size: int) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, temperature: Tensor, form: Form, block_size: int, kept: Tensor | None = None
+    ) -> None:
         self.x, self.y, self.form, self.block_size = x, y, form, block_size
         self.dtype = compute_dtype(x.dtype)
         self.temperature = float(temperature)
         self._logits_scale, self._teacher_scale = (float(scale) for scale in Scales.at(self.temperature))
         edge = min(block_size, len(x))
         self._buffers = torch.empty(self.BUFFERS, edge * edge, dtype=self.dtype, device=x.device)
+        self._kept = kept
 
     def columns_per_visit(self) -> int:
         return self.block_size
@@ -140,31 +167,56 @@ class TorchTiles:
         height, width = rows[1] - rows[0], columns[1] - columns[0]
         return self._buffers[number, : height * width].view(height, width)
 
-    def _logits(self, number: int, left: Tensor, right: Tensor, rows: Span, columns: Span) -> Tensor:
-        out = self._buffer(number, rows, columns)
-        left, right = self.operand(left, rows), self.operand(right, columns)
-        return torch.mm(left, right.T, out=out)
+    def _like(self, number: int, tile: Tensor) -> Tensor:
+        return self._buffers[number, : tile.numel()].view(tile.shape)
 
-    def _teacher(self, number: int, rows: Span, columns: Span) -> Tensor:
-        out = self._buffer(number, rows, columns)
-        for beta, side in enumerate((self.x, self.y)):
-            left, right = self.operand(side, rows), self.operand(side, columns)
-            torch.addmm(out, left, right.T, beta=beta, out=out)
-        return out
+    def _kept_tile(self, rows: Span, columns: Span) -> Tensor | None:
+        """[2 or 3, rows, columns] for L, M and S of a tile that is kept."""
+        row_block, column_block = rows[0] // self.block_size, columns[0] // self.block_size
+        if self._kept is None or row_block > column_block:
+            return None
+        blocks = -(-len(self.x) // self.block_size)
+        number = row_block * blocks - row_block * (row_block - 1) // 2 + column_block - row_block
+        if number >= len(self._kept):
+            return None
+        height, width = rows[1] - rows[0], columns[1] - columns[0]
+        matrices = 3 if self.form.soft else 2
+        return self._kept[number, : matrices * height * width].view(matrices, height, width)
 
-    def _below(self, number: int, scores: Tensor, parts: Tensor, dim: int, scale: float) -> Tensor:
-        """scale * (scores - (high + low)) along `dim`, parts [2, n] being high and low.
+    def _logits(self, rows: Span, columns: Span, *, first_time: bool = False) -> tuple[Tensor, Tensor]:
+        """L and M."""
+        kept = self._kept_tile(rows, columns)
+        L, M = (self._buffer(i, rows, columns) for i in range(2)) if kept is None else kept[:2]
+        on_diagonal = rows == columns
+        if kept is None or first_time:
+            torch.mm(self.operand(self.x, rows), self.operand(self.y, columns).T, out=L)
+            if not on_diagonal:
+                torch.mm(self.operand(self.y, rows), self.operand(self.x, columns).T, out=M)
+        return L, L.T if on_diagonal else M
 
-        At most zero, also where rounding of huge scores says otherwise.
+    def _teacher(self, rows: Span, columns: Span, *, first_time: bool = False) -> Tensor:
+        """S."""
+        kept = self._kept_tile(rows, columns)
+        S = self._buffer(2, rows, columns) if kept is None else kept[2]
+        if kept is None or first_time:
+            for beta, side in enumerate((self.x, self.y)):
+                torch.addmm(S, self.operand(side, rows), self.operand(side, columns).T, beta=beta, out=S)
+        return S
+
+    def _powers_below(self, number: int, scores: Tensor, parts: Tensor, dim: int, scale: float) -> Tensor:
+        """exp2(scale * (scores - (high + low))) along `dim`, parts [2, n] being high and low.
+
+        At most one, also where rounding of huge scores says otherwise.
         """
-        out = self._buffers[number, : scores.numel()].view(scores.shape)
+        out = self._like(number, scores)
         torch.sub(scores, parts[0].unsqueeze(dim), out=out)
-        return torch.add((-scale * parts[1]).unsqueeze(dim), out, alpha=scale, out=out).clamp_(max=0)
+        torch.add((-scale * parts[1]).unsqueeze(dim), out, alpha=scale, out=out)
+        return out.clamp_(max=0).exp2_()
 
     def _exponentials(self, number: int, scores: Tensor, dim: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """(log-sum-exp in bits, exp2(scale * (scores - largest)), their sums) along `dim`."""
         largest = scores.amax(dim)
-        out = self._buffers[number, : scores.numel()].view(scores.shape)
+        out = self._like(number, scores)
         torch.sub(scores, largest.unsqueeze(dim), out=out).mul_(scale).exp2_()
         sums = out.sum(dim)
         return scale * largest.double() + sums.double().log2(), out, sums
@@ -176,9 +228,8 @@ class TorchTiles:
             [4, rows] and [4, columns] or None, float64: the log-sum-exp of L's row, of L's column and of S's row, and
             sum_j T_ij (same L_ij + other L_ji) with T normalised within the tile (hard targets: 2 L_ii).
         """
-        L = self._logits(0, self.x, self.y, rows, columns)
-        M = self._logits(1, self.y, self.x, rows, columns)
-        S = self._teacher(2, rows, columns) if self.form.soft else None
+        L, M = self._logits(rows, columns, first_time=True)
+        S = self._teacher(rows, columns, first_time=True) if self.form.soft else None
         for_rows = self._side_statistics(L, M, S, rows, columns, 1)
         return for_rows, self._side_statistics(M, L, S, rows, columns, 0) if two_sided else None
 
@@ -186,7 +237,10 @@ class TorchTiles:
         self, own: Tensor, other: Tensor, S: Tensor | None, rows: Span, columns: Span, dim: int
     ) -> Tensor:
         own_lse, _, _ = self._exponentials(3, own, dim, self._logits_scale)
-        other_lse, _, _ = self._exponentials(3, other, dim, self._logits_scale)
+        if rows == columns:
+            other_lse, _, _ = self._exponentials(3, own, 1 - dim, self._logits_scale)
+        else:
+            other_lse, _, _ = self._exponentials(3, other, dim, self._logits_scale)
         if S is None:
             target_logits = torch.zeros_like(own_lse)
             diagonal = _diagonal(own, rows, columns)
@@ -196,14 +250,20 @@ class TorchTiles:
                 target_logits[start - first : stop - first] = 2 * self._logits_scale * diagonal.double()
             return torch.stack([own_lse, other_lse, torch.zeros_like(own_lse), target_logits])
         teacher_lse, weights, sums = self._exponentials(3, S, dim, self._teacher_scale)
-        logits = own
-        if self.form.row_normalized:
-            logits = torch.add(own, other, out=self._buffer(4, rows, columns))
-        # relative to the likeliest target's, so that a teacher certain of one target gives exactly its logit
-        reference = logits.gather(dim, S.argmax(dim, keepdim=True))
-        relative = torch.sub(logits, reference, out=self._buffer(4, rows, columns))
-        mean = (relative.mul_(weights).sum(dim) / sums).double() + reference.squeeze(dim).double()
+        logits = torch.add(own, other, out=self._like(4, own)) if self.form.row_normalized else own
+        # the mean again relative to a first one: a teacher certain of one target gives exactly its logit
+        products = self._like(5, logits)
+        rough = torch.mul(logits, weights, out=products).sum(dim) / sums
+        relative = torch.sub(logits, rough.unsqueeze(dim), out=products).mul_(weights).sum(dim) / sums
+        mean = relative.double() + rough.double()
         return torch.stack([own_lse, other_lse, teacher_lse, self.form.same_weight * self._logits_scale * mean])
+
+    def _targets(self, numbers: tuple[int, int], S: Tensor, s: Tensor, rows: Span, columns: Span) -> tuple[Tensor, ...]:
+        """T_ij and T_ji on a tile, from s [2, B] as high and low part."""
+        T = self._powers_below(numbers[0], S, s[:, slice(*rows)], 1, self._teacher_scale)
+        if rows == columns:
+            return T, T.T
+        return T, self._powers_below(numbers[1], S, s[:, slice(*columns)], 0, self._teacher_scale)
 
     def target_sums(self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> tuple[Tensor, Tensor | None]:
         """Sums over the tile's other side.
@@ -215,42 +275,35 @@ class TorchTiles:
             [3, rows] and [3, columns] or None, float64: sum_j T_ji, sum_j T_ij, sum_j T_ij c_j.
         """
         c_high, c_low = vectors[2:]
-        row_part, column_part = slice(*rows), slice(*columns)
-        S = self._teacher(2, rows, columns)
-        T = self._below(3, S, vectors[:2, row_part], 1, self._teacher_scale).exp2_()
-        T_transposed = self._below(4, S, vectors[:2, column_part], 0, self._teacher_scale).exp2_()
+        T, T_transposed = self._targets((3, 4), self._teacher(rows, columns), vectors[:2], rows, columns)
 
         def sums(targets: Tensor, transposed: Tensor, other: slice) -> Tensor:
             by_other = torch.stack([torch.ones_like(c_high[other]), c_high[other], c_low[other]], dim=1)
             total, high, low = (targets @ by_other).double().unbind(1)
             return torch.stack([transposed.sum(1).double(), total, high + low])
 
-        for_rows = sums(T, T_transposed, column_part)
-        return for_rows, sums(T_transposed.T, T.T, row_part) if two_sided else None
+        for_rows = sums(T, T_transposed, slice(*columns))
+        return for_rows, sums(T_transposed.T, T.T, slice(*rows)) if two_sided else None
 
     def gradients(
         self, rows: Span, columns: Span, statistics: Tensor, through_teacher: bool, two_sided: bool
     ) -> TileGradients:
         """Gradient tiles from the statistics [11, B] of `split_statistics`."""
         r, c, s, h, t = (statistics[i : i + 2] for i in range(0, 10, 2))
-        q = statistics[10]
-        row_part, column_part = slice(*rows), slice(*columns)
-        same, other = self.form.same_weight, self.form.other_weight
-        for_logits, for_teacher = self._logits_scale, self._teacher_scale
-        L = self._logits(0, self.x, self.y, rows, columns)
-        M = self._logits(1, self.y, self.x, rows, columns)
-        P = self._below(3, L, r[:, row_part], 1, for_logits).exp2_()
-        P.addcmul_(self._below(5, L, c[:, column_part], 0, for_logits).exp2_(), q[column_part].unsqueeze(0))
-        N = self._below(4, M, r[:, column_part], 0, for_logits).exp2_()
-        N.addcmul_(self._below(5, M, c[:, row_part], 1, for_logits).exp2_(), q[row_part].unsqueeze(1))
+        L, M = self._logits(rows, columns)
+        on_diagonal = rows == columns
+        P = self._softmaxes((3, 5), L, r, c, statistics[10], rows, columns, 1)
+        N = P.T if on_diagonal else self._softmaxes((4, 5), M, r, c, statistics[10], columns, rows, 0)
+        sides = (P,) if on_diagonal else (P, N)
         if self.form.soft:
-            S = self._teacher(2, rows, columns)
-            T = self._below(5, S, s[:, row_part], 1, for_teacher).exp2_()
-            T_transposed = self._below(6, S, s[:, column_part], 0, for_teacher).exp2_()
-            P.sub_(T, alpha=same).sub_(T_transposed, alpha=other)
-            N.sub_(T_transposed, alpha=same).sub_(T, alpha=other)
+            S = self._teacher(rows, columns)
+            T, T_transposed = self._targets((5, 6), S, s, rows, columns)
+            for tile, targets, transposed in zip(sides, (T, T_transposed), (T_transposed, T), strict=False):
+                tile.sub_(targets, alpha=self.form.same_weight)
+                if self.form.other_weight:
+                    tile.sub_(transposed, alpha=self.form.other_weight)
         else:
-            for tile in (P, N):
+            for tile in sides:
                 diagonal = _diagonal(tile, rows, columns)
                 if diagonal is not None:
                     diagonal.sub_(2)
@@ -261,13 +314,20 @@ class TorchTiles:
         teacher = None
         if self.form.soft and through_teacher:
             teacher = self._teacher_gradient(L, M, T, T_transposed, c, h, t, rows, columns)
-            temperature += self._sum_of_products(7, teacher, S) * (0.5 if two_sided else 0.25)
-        return TileGradients(P, N, teacher, temperature, 1 / self.temperature, 0.5)
+            temperature -= self._sum_of_products(5, teacher, S) * (1.0 if two_sided else 0.5)
+        return TileGradients(P, N, teacher, temperature, 1 / self.temperature, -1.0)
+
+    def _softmaxes(
+        self, numbers: tuple[int, int], L: Tensor, r: Tensor, c: Tensor, q: Tensor, own: Span, across: Span, dim: int
+    ) -> Tensor:
+        """exp(L_ij - r_i) + q_j exp(L_ij - c_j), where sums over j run along `dim`."""
+        out = self._powers_below(numbers[0], L, r[:, slice(*own)], dim, self._logits_scale)
+        by_column = self._powers_below(numbers[1], L, c[:, slice(*across)], 1 - dim, self._logits_scale)
+        return out.addcmul_(by_column, q[slice(*across)].unsqueeze(1 - dim))
 
     def _sum_of_products(self, number: int, left: Tensor, right: Tensor) -> Tensor:
         """sum(left * right), rows added up in float64: their sums cancel, which one long float32 sum would show."""
-        products = torch.mul(left, right, out=self._buffers[number, : left.numel()].view(left.shape))
-        return products.sum(1).double().sum()
+        return torch.mul(left, right, out=self._like(number, left)).sum(1).double().sum()
 
     def _teacher_gradient(
         self,
@@ -281,17 +341,22 @@ class TorchTiles:
         rows: Span,
         columns: Span,
     ) -> Tensor:
-        """tau (dS_ij + dS_ji), overwriting L and M. An item certain of its target gets exactly 0."""
-        scratch = self._buffer(7, rows, columns)
-        sides = ((L, slice(*rows), slice(*columns), 1, 0), (M, slice(*columns), slice(*rows), 0, 1))
+        """-tau/2 (dS_ij + dS_ji), overwriting T and its transpose. An item certain of its target gets exactly 0."""
+        own, across = slice(*rows), slice(*columns)
+        out = self._below_mean(7, L, M, c[:, across], h[:, own], t[:, own], 1).mul_(T)
+        if rows == columns:
+            return torch.add(out, out.T, out=self._like(8, out))
+        # T has served: its place takes the other order's
+        return out.addcmul_(self._below_mean(5, M, L, c[:, own], h[:, across], t[:, across], 0), T_transposed)
+
+    def _below_mean(self, number: int, own: Tensor, other: Tensor, c: Tensor, h: Tensor, t: Tensor, dim: int) -> Tensor:
+        """L_ij - h_i - (c_j - t_i) / 2, or with row-normalised targets (L_ij + L_ji) / 2 - h_i; parts are [2, n]."""
+        out = self._like(number, own)
+        h_high, h_low = h.unsqueeze(dim + 1)
         if self.form.row_normalized:
-            torch.add(L, M, out=scratch)
-            for tile, (_, own, _, dim, _) in zip((L, M), sides, strict=True):
-                torch.sub(scratch, 2 * h[0, own].unsqueeze(dim), out=tile)
-                tile.sub_(2 * h[1, own].unsqueeze(dim))
-        else:
-            for tile, own, across, dim, across_dim in sides:
-                torch.sub(c[0, across].unsqueeze(across_dim), t[0, own].unsqueeze(dim), out=scratch)
-                scratch.add_(c[1, across].unsqueeze(across_dim)).sub_(t[1, own].unsqueeze(dim))
-                tile.sub_(h[0, own].unsqueeze(dim)).sub_(h[1, own].unsqueeze(dim)).mul_(2).sub_(scratch)
-        return L.mul_(T).addcmul_(M, T_transposed).neg_()
+            torch.add(own, other, out=out)
+            return out.mul_(0.5).sub_(h_high).sub_(h_low)
+        t_high, t_low = t.unsqueeze(dim + 1)
+        c_high, c_low = c.unsqueeze(2 - dim)
+        differences = torch.sub(c_high, t_high, out=self._like(8, own)).add_(c_low)
+        return torch.sub(own, h_high, out=out).sub_(differences, alpha=0.5).sub_(h_low - t_low / 2)

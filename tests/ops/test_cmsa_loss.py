@@ -7,6 +7,7 @@ import torch
 
 from sda_fast import cmsa_loss, infonce_loss
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss, naive_infonce_loss
+from sda_fast.ops.cmsa_tiles import TorchTiles, kept_shape
 
 SHAPES = [(2, 1), (7, 5), (17, 8), (129, 17)]
 FORMS = [
@@ -179,6 +180,23 @@ def test_a_zero_row_stays_zero_and_gets_no_gradient_when_normalised():
     x[2] = 0
     results = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, normalize=True), x, y, 1.0, torch.float32)
     assert torch.isfinite(results[0]) and (results[1][2] == 0).all() and (results[1][1] != 0).any()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("tiles", [0, 1, 3, 100])
+def test_products_kept_between_sweeps_change_no_bit_and_survive_a_backward_pass(form, tiles):
+    x, y = embeddings(27, 6)
+    soft = form.get("targets") != "hard"
+    workspace = 8 * 8**2 * (TorchTiles.BUFFERS + tiles * (3 if soft else 2))
+    kept = kept_shape(workspace, 27, torch.float64, 8, soft)
+    assert kept[0] == min(tiles, 10) and 8 * (kept[0] * kept[1] + TorchTiles.BUFFERS * 64) <= workspace
+    leaves = x.clone().requires_grad_(), y.clone().requires_grad_(), torch.tensor(1.5).double().requires_grad_()
+    without = cmsa_loss(*leaves, block_size=8, workspace_bytes=1, **form)
+    loss = cmsa_loss(*leaves, block_size=8, workspace_bytes=workspace, **form)
+    assert loss == without
+    expected = torch.autograd.grad(without, leaves)
+    for _ in range(2):
+        assert all(map(torch.equal, torch.autograd.grad(loss, leaves, retain_graph=True), expected))
 
 
 def test_scaled_incoming_gradient_scales_all_gradients():
