@@ -18,18 +18,28 @@ from tqdm import tqdm
 
 from sda_fast.data.items import Catalogue, Item, read_items
 from sda_fast.data.vectors import ItemVectors, read_item_vectors, write_item_vectors
-from sda_fast.jobs.batches import BatchMaker, image_area
+from sda_fast.jobs.batches import BatchMaker, Chunk, image_area
 from sda_fast.jobs.checkpoint import file_sha256
 from sda_fast.jobs.embed_shards import EmbeddingShards, Shard
+from sda_fast.jobs.features import Tower
 from sda_fast.jobs.fingerprint import catalogue_fingerprint, digest, folder_fingerprint, versions
+from sda_fast.jobs.memory import is_out_of_memory
 from sda_fast.jobs.pca import fit_pca, read_pca, write_pca
 from sda_fast.jobs.sampler import length_buckets
+from sda_fast.jobs.train_config import (
+    PACKING_HELP,
+    TOWER_BATCH_HELP,
+    TOWER_CACHE_GIB_HELP,
+    TOWER_CACHE_HELP,
+    TOWER_OFFLOAD_HELP,
+)
 from sda_fast.jobs.train_state import activation_dtype, chosen_device
-from sda_fast.jobs.train_step import is_out_of_memory
 from sda_fast.lvlm.collate import ImageOptions
 from sda_fast.lvlm.encode import encode
-from sda_fast.lvlm.load import load_lvlm
+from sda_fast.lvlm.load import LVLM, load_lvlm, read_config
+from sda_fast.lvlm.packing import Packing, attention_for, packed_modalities
 from sda_fast.lvlm.prompts import PromptConfig, attribute_text
+from sda_fast.lvlm.tower_cache import TowerCache
 from sda_fast.moda.fold import fold_model
 from sda_fast.moda.folder import TRAINING_FILE, adapter_folder
 from sda_fast.moda.save import load_adapter
@@ -91,9 +101,19 @@ class EmbedConfig:
     quantization: Literal["nf4", "none"] = field(
         default="nf4", metadata=_help("how the language model's frozen weights are held")
     )
+    double_quant: bool = field(
+        default=True, metadata=_help("hold the scales of the 4-bit weights in 8 bits too (nested statistics)")
+    )
     precision: Literal["auto", "bf16", "fp32"] = field(
         default="auto", metadata=_help("dtype of activations: auto is bf16 on a GPU, else fp32")
     )
+    packing: Packing = field(default="auto", metadata=_help(PACKING_HELP))
+    tower_cache: Literal["auto", "none"] | Path = field(
+        default="auto", metadata=_help(f"{TOWER_CACHE_HELP}; auto: where the adapter's training kept them, else none")
+    )
+    tower_cache_gib: float = field(default=20.0, metadata=_help(TOWER_CACHE_GIB_HELP))
+    tower_batch: int | None = field(default=None, metadata=_help(TOWER_BATCH_HELP))
+    tower_offload: bool = field(default=False, metadata=_help(TOWER_OFFLOAD_HELP))
     device: str | None = field(default=None, metadata=_help("cpu, cuda or cuda:1; default: a GPU where there is one"))
     batch_size: int = field(
         default=16, metadata=_help("items per forward pass; does not change the result beyond rounding")
@@ -129,8 +149,10 @@ class EmbedConfig:
         for name in ("items", "output", "images", "adapter", "pca_from"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        for name in ("batch_size", "pca_dim", "shard_items"):
-            if getattr(self, name) < 1:
+        if self.tower_cache not in ("auto", "none"):
+            object.__setattr__(self, "tower_cache", Path(self.tower_cache))
+        for name in ("batch_size", "pca_dim", "shard_items", "tower_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.pca_from is not None and self.pca == "none":
             raise ValueError(f"pca is 'none' but pca_from is {self.pca_from}")
@@ -150,6 +172,13 @@ class EmbedConfig:
         for source in (self.trained_with(), vars(self)):
             settings.update({name: source[name] for name in settings if source.get(name) is not None})
         return settings
+
+    def tower_cache_folder(self) -> Path | None:
+        """Where the tower's outputs are kept; None: nowhere."""
+        if self.tower_cache != "auto":
+            return None if self.tower_cache == "none" else Path(self.tower_cache)
+        folder = self.trained_with().get("tower_cache", "none")
+        return Path(folder) if folder != "none" and Path(folder).is_dir() else None
 
     def trained_with(self) -> dict[str, Any]:
         """The settings in the adapter's training.json; {} without one."""
@@ -222,6 +251,7 @@ def _encoding(config: EmbedConfig, catalogue: Catalogue, device: torch.device) -
         if config.adapter is None
         else folder_fingerprint(config.adapter, ("adapter_config.json", "adapter_model.safetensors")),
         "quantization": config.quantization,
+        "double_quant": config.double_quant,
         "dtype": str(activation_dtype(config.precision, device)).removeprefix("torch."),
         "items": catalogue_fingerprint(catalogue, pictures=True),
         "shown": config.inherited(),
@@ -292,11 +322,25 @@ def _encode_missing(
         if not missing:
             return
         dtype = activation_dtype(config.precision, device)
-        lvlm = load_lvlm(config.model, quantization=config.quantization, dtype=dtype, device=device)
+        lvlm = load_lvlm(
+            config.model,
+            quantization=config.quantization,
+            double_quant=config.double_quant,
+            dtype=dtype,
+            device=device,
+            attention=attention_for(config.packing, read_config(config.model), device, dtype),
+            progress=config.progress and accelerator.is_main_process,
+        )
         if config.adapter is not None:
             load_adapter(lvlm.model, config.adapter)
         lvlm.model.eval()
-        maker = BatchMaker(lvlm, *_shown(encoding))
+        prompts, options = _shown(encoding)
+        folder = config.tower_cache_folder()
+        cache = None
+        if folder is not None:
+            cache = TowerCache(lvlm, folder, options, most_bytes=int(config.tower_cache_gib * 2**30))
+        tower = Tower(lvlm, cache, group_size=config.tower_batch, offload=config.tower_offload)
+        maker = BatchMaker(lvlm, prompts, options, packs=packed_modalities(config.packing, lvlm), cache=cache)
         batch_size = config.batch_size
         folded = None
         for work in missing:
@@ -310,8 +354,7 @@ def _encode_missing(
                 items = [catalogue[int(place)] for place in work.places[done : done + batch_size]]
                 chunk = maker.image_chunk(items) if work.modality == "image" else maker.text_chunk(items)
                 try:
-                    with torch.no_grad():
-                        pooled = encode(lvlm, chunk, work.modality).float().cpu()
+                    pooled = _encode_chunk(lvlm, tower, chunk, work.modality)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error) or batch_size == 1:
                         raise
@@ -324,12 +367,23 @@ def _encode_missing(
                     continue
                 _check_finite(pooled, items, work.modality)
                 vectors.append(pooled)
-                counts["tokens"] += int(chunk["attention_mask"].sum())
-                counts["slots"] += chunk["attention_mask"].numel()
-                counts["noise_images"] += int(chunk["is_noise"].sum()) if "is_noise" in chunk else 0
+                counts["tokens"] += chunk.num_tokens
+                counts["slots"] += chunk.num_slots
+                counts["noise_images"] += int(chunk.tensors["is_noise"].sum()) if "is_noise" in chunk.tensors else 0
                 done += len(items)
                 progress.update(len(items))
+            if cache is not None:
+                cache.flush()
             shards.write(work.modality, work.index, Shard(work.places, torch.cat(vectors), counts))
+        if cache is not None:
+            logger.info("%s", cache)
+
+
+def _encode_chunk(lvlm: LVLM, tower: Tower, chunk: Chunk, modality: str) -> torch.Tensor:
+    """Vectors of a chunk, on the CPU."""
+    with torch.no_grad():
+        tower.complete([chunk])
+        return encode(lvlm, chunk.tensors, modality, image_features=chunk.image_features, packed=chunk.packed).cpu()
 
 
 def _check_finite(vectors: torch.Tensor, items: Sequence[Item], modality: str) -> None:

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sda_fast.arguments import setting
 from sda_fast.data.items import Item, read_items
 from sda_fast.jobs.batches import BatchMaker
-from sda_fast.jobs.train_config import FinetuneConfig
+from sda_fast.jobs.train_config import TOWER_BATCH_HELP, TOWER_OFFLOAD_HELP, FinetuneConfig
+from sda_fast.jobs.train_state import activation_dtype
 from sda_fast.lvlm.collate import ImageOptions
 from sda_fast.lvlm.load import LVLM
 from sda_fast.lvlm.processor import load_processor
@@ -62,6 +63,11 @@ class PlanConfig:
     image_tokens: int | None = setting(None, "tokens of the largest picture, in place of the items'")
     gradient_checkpointing: bool = setting(True, "recompute activations in backward, in the lines of the table")
     quantization: Literal["nf4", "none"] = setting("nf4", "how the language model's frozen weights are held")
+    double_quant: bool = setting(True, "hold the scales of the 4-bit weights in 8 bits too (nested statistics)")
+    precision: Literal["bf16", "fp32"] = setting("bf16", "dtype of activations and of what is not in 4 bits")
+    tower_cached: bool = setting(False, "plan a step whose pictures are all in the tower cache")
+    tower_offload: bool = setting(False, TOWER_OFFLOAD_HELP)
+    tower_batch: int | None = setting(None, TOWER_BATCH_HELP)
     optimizer: Literal["adamw", "adamw8bit", "paged"] = setting("adamw", "as for finetune")
     adapter: Literal["moda", "lora"] = setting("moda", "as for finetune")
     r: int = setting(8, "total rank of an adapted layer")
@@ -71,7 +77,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         bytes_of(self.gpu_memory)
-        for name in ("text_tokens", "image_tokens"):
+        for name in ("text_tokens", "image_tokens", "tower_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -88,7 +94,10 @@ class PlanConfig:
             chunk_size=None if chunk_size >= self.batch_size else chunk_size,
             gradient_checkpointing=gradient_checkpointing,
             quantization=self.quantization,
-            precision="bf16",
+            double_quant=self.double_quant,
+            precision=self.precision,
+            tower_offload=self.tower_offload,
+            tower_batch=1 if self.tower_batch is None and self.tower_cached else self.tower_batch,
             optimizer=self.optimizer,
             adapter=self.adapter,
             r=self.r,
@@ -176,7 +185,12 @@ def plan(config: PlanConfig) -> Plan:
     processor = None if is_preset else processor_if_there(config.model, model_config)
     with fake_mode:
         lvlm = fake_lvlm(
-            model_config, config.model, quantization=config.quantization, dtype=torch.bfloat16, processor=processor
+            model_config,
+            config.model,
+            quantization=config.quantization,
+            double_quant=config.double_quant,
+            dtype=activation_dtype(config.precision, torch.device("cpu")),
+            processor=processor,
         )
     source = ChunkSource(config, lvlm, items)
 
@@ -185,7 +199,15 @@ def plan(config: PlanConfig) -> Plan:
         chunk_size = min(chunk_size, config.batch_size)
         run = config.finetune(chunk_size, gradient_checkpointing=checkpointing)
         shares = {"image": source.lengths.image_share, "text": source.lengths.text_share}
-        return plan_step(lvlm, run, source.chunks(chunk_size), fake_mode, card=card, shares=shares)
+        return plan_step(
+            lvlm,
+            run,
+            source.chunks(chunk_size),
+            fake_mode,
+            card=card,
+            shares=shares,
+            tower_cached=config.tower_cached,
+        )
 
     lines = [step(size, config.gradient_checkpointing) for size in config.chunk_sizes]
     assumptions = [

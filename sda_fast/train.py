@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from tqdm import tqdm
 from sda_fast.data.items import Catalogue, read_items
 from sda_fast.jobs.batches import Batch, BatchMaker, Prefetcher
 from sda_fast.jobs.checkpoint import newest_checkpoint
+from sda_fast.jobs.features import Tower
 from sda_fast.jobs.fingerprint import catalogue_fingerprint
+from sda_fast.jobs.memory import is_out_of_memory
 from sda_fast.jobs.run_log import RunLog, read_log
 from sda_fast.jobs.sampler import BatchOrder, rank_slice
 from sda_fast.jobs.train_config import FinetuneConfig, preset
@@ -27,13 +30,14 @@ from sda_fast.jobs.train_state import TrainingState, build_state
 from sda_fast.jobs.train_step import (
     ContrastiveStep,
     fitting_chunk_size,
-    is_out_of_memory,
     loss_across_processes,
     training_mode,
 )
 from sda_fast.losses.cached import RandomState
 from sda_fast.losses.distributed import sum_gradients
 from sda_fast.lvlm.collate import ImageOptions
+from sda_fast.lvlm.packing import packed_modalities
+from sda_fast.lvlm.tower_cache import TowerCache
 
 __all__ = ["ConfigMismatchError", "FinetuneConfig", "FinetuneResult", "NonFiniteLossError", "finetune", "preset"]
 
@@ -156,13 +160,18 @@ def _train(
     accelerator, total_steps = state.accelerator, identity["total_steps"]
     mine = rank_slice(config.batch_size, accelerator.process_index, accelerator.num_processes)
     options = ImageOptions(config.min_pixels, config.max_pixels, config.seed)
-    maker = BatchMaker(state.lvlm, config.prompts(), options, config.length_bucketing)
+    packs = packed_modalities(config.packing, state.lvlm)
+    cache = None
+    if config.tower_cache != "none":
+        cache = TowerCache(state.lvlm, config.tower_cache, options, most_bytes=int(config.tower_cache_gib * 2**30))
+    maker = BatchMaker(state.lvlm, config.prompts(), options, config.length_bucketing, packs, cache)
+    tower = Tower(state.lvlm, cache, group_size=config.tower_batch, offload=config.tower_offload)
 
     def make(step: int, chunk_size: int | None) -> Batch:
         return maker.make([catalogue[place] for place in order.batch(step)[mine]], chunk_size)
 
     loss_function = state.loss if accelerator.num_processes == 1 else loss_across_processes(state.loss)
-    contrastive_step = ContrastiveStep(state.lvlm, loss_function, config.loss_width(state.lvlm))
+    contrastive_step = ContrastiveStep(state.lvlm, loss_function, config.loss_width(state.lvlm), tower)
     prefetcher = Prefetcher(make, last_step=total_steps - 1, enabled=config.prefetch)
     log = RunLog(config.output, after_step=state.step) if accelerator.is_main_process else None
     progress = tqdm(
@@ -172,6 +181,7 @@ def _train(
         unit="step",
         disable=not (config.progress and accelerator.is_main_process),
     )
+    tokens: Counter[str] = Counter()
     try:
         with training_mode(state.lvlm, gradient_checkpointing=config.gradient_checkpointing):
             if config.chunk_size == "auto" and state.step == 0:
@@ -189,6 +199,7 @@ def _train(
                     group["lr"] = rate
                 state.optimizer.step()
                 state.optimizer.zero_grad(set_to_none=True)
+                tokens.update(tokens=batch.num_tokens, slots=batch.num_slots)
                 state.step += 1
                 seconds = time.perf_counter() - started
                 state.seconds += seconds
@@ -209,12 +220,20 @@ def _train(
                 progress.update()
                 due = config.checkpoint_every and state.step % config.checkpoint_every == 0
                 if due or state.step == total_steps:
+                    if cache is not None:
+                        cache.flush()
                     state.save(config.output / "checkpoints", identity, config.keep_checkpoints)
     finally:
         progress.close()
         prefetcher.close()
         if log is not None:
             log.close()
+        if cache is not None:
+            cache.flush()
+    if tokens["slots"]:
+        logger.info("%.1f%% of the tokens were padding", 100 * (1 - tokens["tokens"] / tokens["slots"]))
+    if cache is not None:
+        logger.info("%s", cache)
 
 
 def _forward_backward(
@@ -263,7 +282,8 @@ def _peak_memory() -> dict[str, int]:
 
 
 def _facts(config: FinetuneConfig, catalogue: Catalogue, state: TrainingState) -> dict[str, Any]:
-    losses = [record["loss"] for record in read_log(config.output / "log.jsonl")]
+    records = read_log(config.output / "log.jsonl")
+    losses = [record["loss"] for record in records]
     device = state.lvlm.device
     return {
         "items": len(catalogue),
@@ -274,6 +294,7 @@ def _facts(config: FinetuneConfig, catalogue: Catalogue, state: TrainingState) -
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "temperature": state.temperature,
+        "padding": round(sum(record["padding"] for record in records) / len(records), 4) if records else None,
         "trained_parameters": sum(parameter.numel() for parameter in state.parameters),
         "chunk_size": state.chunk_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

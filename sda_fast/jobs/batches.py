@@ -13,18 +13,46 @@ from torch import Tensor
 from sda_fast.data.images import NOISE_SIDE, bounded_size
 from sda_fast.data.items import Item
 from sda_fast.jobs.sampler import length_buckets
-from sda_fast.lvlm.collate import ImageOptions, collate_images, collate_texts
+from sda_fast.lvlm.collate import ImageOptions, collate_images, collate_shown, collate_texts
 from sda_fast.lvlm.family import ImageFeatures
 from sda_fast.lvlm.load import LVLM
 from sda_fast.lvlm.prompts import PromptConfig, attribute_text
+from sda_fast.lvlm.tower_cache import TowerCache
 
 
 @dataclass
 class Chunk:
-    """A few items' sequences of one modality, and what the frozen tower made of the pictures once it is known."""
+    """A few items' sequences of one modality, and what the frozen tower makes of their pictures.
+
+    Attributes:
+        tensors: from sda_fast.lvlm.collate; without pixels where all features are known.
+        packed: encode them as one row without padding.
+        features: by sequence, on the CPU, None while unknown (jobs.features completes them); [] for texts.
+        pictures: by sequence, the name of its picture in the tower cache; None where it is not kept.
+    """
 
     tensors: dict[str, Tensor]
-    image_features: list[ImageFeatures] | None = None
+    packed: bool = False
+    features: list[ImageFeatures | None] = field(default_factory=list)
+    pictures: list[str | None] = field(default_factory=list)
+
+    @property
+    def image_features(self) -> list[ImageFeatures] | None:
+        """`features`, all known; None for texts."""
+        known = [one for one in self.features if one is not None]
+        if len(known) != len(self.features):
+            raise RuntimeError(f"{len(self.features) - len(known)} of {len(self.features)} pictures have no features")
+        return known or None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequences, padding left out."""
+        return int(self.tensors["attention_mask"].sum())
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the model sees, padding counted."""
+        return self.num_tokens if self.packed else self.tensors["attention_mask"].numel()
 
 
 @dataclass
@@ -55,16 +83,16 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Tokens of all sequences, padding left out."""
-        return sum(int(mask.sum()) for mask in self._masks())
+        return sum(chunk.num_tokens for chunk in self._chunks())
 
     @property
     def num_slots(self) -> int:
         """Tokens of all sequences, padding counted."""
-        return sum(mask.numel() for mask in self._masks())
+        return sum(chunk.num_slots for chunk in self._chunks())
 
-    def _masks(self) -> Iterator[Tensor]:
-        for chunk in (*self.images.chunks, *self.texts.chunks):
-            yield chunk.tensors["attention_mask"]
+    def _chunks(self) -> Iterator[Chunk]:
+        yield from self.images.chunks
+        yield from self.texts.chunks
 
 
 @dataclass(frozen=True)
@@ -72,13 +100,20 @@ class BatchMaker:
     """Turns items into batches for one model.
 
     A picture that was replaced by noise once is taken as missing from then on, so that it is reported once.
+
+    Attributes:
+        packs: modalities whose chunks are packed.
+        cache: where the tower's outputs are looked up; a chunk that is all there needs no picture decoded.
     """
 
     lvlm: LVLM
     prompts: PromptConfig
     image_options: ImageOptions
     length_bucketing: bool = True
+    packs: tuple[str, ...] = ()
+    cache: TowerCache | None = None
     without_picture: set[str] = field(default_factory=set)
+    known_sequences: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
 
     def make(self, items: Sequence[Item], chunk_size: int | None) -> Batch:
         """A batch in chunks of at most `chunk_size` items; None: one chunk."""
@@ -87,19 +122,31 @@ class BatchMaker:
         texts = self._side(self.text_chunk, items, [len(attribute_text(item, self.prompts)) for item in items], size)
         return Batch(images, texts, chunk_size)
 
-    def image_chunk(self, items: Sequence[Item]) -> dict[str, Tensor]:
+    def image_chunk(self, items: Sequence[Item]) -> Chunk:
         shown = [replace(item, image=None) if item.item_id in self.without_picture else item for item in items]
+        pictures = [self.cache.picture(item) if self.cache is not None else None for item in shown]
+        found = [self.cache.get(one) if self.cache is not None and one is not None else None for one in pictures]
+        packed = "image" in self.packs
+        features = [None if one is None else one[0] for one in found]
+        sizes = [one[1] for one in found if one is not None]
+        if len(sizes) == len(items):
+            tensors = collate_shown(self.lvlm, sizes, self.prompts, self.image_options, self.known_sequences)
+            tensors["is_noise"] = torch.tensor([item.image is None for item in shown])
+            return Chunk(tensors, packed, features, pictures)
         tensors = collate_images(self.lvlm, shown, self.prompts, self.image_options)
-        noise = tensors["is_noise"].tolist()
-        self.without_picture.update(item.item_id for item, is_noise in zip(items, noise, strict=True) if is_noise)
-        return tensors
+        for place, (item, is_noise) in enumerate(zip(shown, tensors["is_noise"].tolist(), strict=True)):
+            if is_noise:
+                self.without_picture.add(item.item_id)
+                if self.cache is not None:
+                    pictures[place] = self.cache.picture(replace(item, image=None))
+        return Chunk(tensors, packed, features, pictures)
 
-    def text_chunk(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        return collate_texts(self.lvlm, items, self.prompts)
+    def text_chunk(self, items: Sequence[Item]) -> Chunk:
+        return Chunk(collate_texts(self.lvlm, items, self.prompts), "text" in self.packs)
 
     def _side(
         self,
-        collate: Callable[[Sequence[Item]], dict[str, Tensor]],
+        collate: Callable[[Sequence[Item]], Chunk],
         items: Sequence[Item],
         lengths: list[int],
         size: int,
@@ -107,7 +154,7 @@ class BatchMaker:
         bucketed = self.length_bucketing and size < len(items)
         buckets = length_buckets(lengths if bucketed else [0] * len(items), size)
         places = torch.tensor([place for bucket in buckets for place in bucket], dtype=torch.int64).argsort()
-        return Side([Chunk(collate([items[place] for place in bucket])) for bucket in buckets], places)
+        return Side([collate([items[place] for place in bucket]) for bucket in buckets], places)
 
 
 def image_area(item: Item, options: ImageOptions) -> int:

@@ -20,7 +20,8 @@ from sda_fast.jobs.fingerprint import versions
 from sda_fast.jobs.model_card import model_card
 from sda_fast.jobs.train_config import FinetuneConfig
 from sda_fast.losses.modules import CMSALoss, InfoNCELoss
-from sda_fast.lvlm.load import LVLM, load_lvlm
+from sda_fast.lvlm.load import LVLM, load_lvlm, read_config
+from sda_fast.lvlm.packing import attention_for
 from sda_fast.moda.config import MoDAConfig
 from sda_fast.moda.inject import adapt_model
 from sda_fast.moda.save import load_adapter, save_adapter
@@ -124,8 +125,17 @@ class TrainingState:
 def build_state(config: FinetuneConfig, accelerator: Accelerator) -> TrainingState:
     """The state before the first step: model loaded and adapted, loss and optimiser made."""
     device = chosen_device(config.device, accelerator)
+    dtype = activation_dtype(config.precision, device)
+    # Before the model is read: an optimiser that the device cannot run must not cost minutes.
+    check_optimizer(config.optimizer, device)
     lvlm = load_lvlm(
-        config.model, quantization=config.quantization, dtype=activation_dtype(config.precision, device), device=device
+        config.model,
+        quantization=config.quantization,
+        double_quant=config.double_quant,
+        dtype=dtype,
+        device=device,
+        attention=attention_for(config.packing, read_config(config.model), device, dtype),
+        progress=config.progress and accelerator.is_main_process,
     )
     adapt_model(lvlm.model, moda_config(config, lvlm))
     loss = make_loss(config).to(device)
@@ -178,16 +188,21 @@ def make_loss(config: FinetuneConfig) -> CMSALoss | InfoNCELoss:
     )
 
 
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Raise ValueError where bitsandbytes' optimisers cannot run."""
+    if name != "adamw" and device.type != "cuda":
+        raise ValueError(f"optimizer {name!r} needs a GPU, the device is {device}; use adamw")
+
+
 def make_optimizer(config: FinetuneConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
     """AdamW with the published betas (0.9, 0.999).
 
     Raises:
         ValueError: an 8-bit optimiser without a GPU.
     """
+    check_optimizer(config.optimizer, device)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate)
-    if device.type != "cuda":
-        raise ValueError(f"optimizer {config.optimizer!r} needs a GPU, the device is {device}")
     import bitsandbytes
 
     kind = bitsandbytes.optim.AdamW8bit if config.optimizer == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from sda_fast.data.items import Item
 from sda_fast.jobs.batches import Batch, BatchMaker, Chunk, image_area
+from sda_fast.jobs.features import Tower
+from sda_fast.jobs.memory import is_out_of_memory
 from sda_fast.losses.cached import LossFunction, RandomState, cached_contrastive_step
 from sda_fast.losses.distributed import sharded_cmsa_loss
 from sda_fast.losses.modules import CMSALoss, InfoNCELoss
-from sda_fast.lvlm.encode import encode, reduce_buckets, tower_features
+from sda_fast.lvlm.encode import encode, reduce_buckets
 from sda_fast.lvlm.load import LVLM
 from sda_fast.lvlm.prompts import attribute_text
 
@@ -29,11 +31,13 @@ class ContrastiveStep:
     Attributes:
         loss: ([B, D], [B, D]) -> scalar.
         reduce_to: width of the vectors that the loss sees, by bucket means; None: the model's own.
+        tower: makes the features that the batch lacks, before anything is encoded.
     """
 
     lvlm: LVLM
     loss: LossFunction
-    reduce_to: int | None = None
+    reduce_to: int | None
+    tower: Tower
 
     def __call__(self, batch: Batch) -> Tensor:
         """The batch's loss, detached. In chunks if the batch is cut into them, to rounding the same either way."""
@@ -41,10 +45,9 @@ class ContrastiveStep:
         def loss_in_batch_order(images: Tensor, texts: Tensor) -> Tensor:
             return self.loss(batch.images.in_batch_order(images), batch.texts.in_batch_order(texts))
 
+        self.tower.complete(batch.images.chunks)
         if batch.chunk_size is not None:
-            return cached_contrastive_step(
-                self.encode_keeping_features, batch.images.chunks, batch.texts.chunks, loss_in_batch_order
-            )
+            return cached_contrastive_step(self.encode, batch.images.chunks, batch.texts.chunks, loss_in_batch_order)
         images = torch.cat([self.encode(chunk, "image") for chunk in batch.images.chunks])
         texts = torch.cat([self.encode(chunk, "text") for chunk in batch.texts.chunks])
         loss = loss_in_batch_order(images, texts)
@@ -52,16 +55,10 @@ class ContrastiveStep:
         return loss.detach()
 
     def encode(self, chunk: Chunk, modality: str) -> Tensor:
-        """[b, reduce_to] float32 vectors of a chunk."""
-        vectors = encode(self.lvlm, chunk.tensors, modality, image_features=chunk.image_features)
+        """[b, reduce_to] float32 vectors of a chunk whose features are complete."""
+        features = chunk.image_features if modality == "image" else None
+        vectors = encode(self.lvlm, chunk.tensors, modality, image_features=features, packed=chunk.packed)
         return vectors if self.reduce_to is None else reduce_buckets(vectors, self.reduce_to)
-
-    def encode_keeping_features(self, chunk: Chunk, modality: str) -> Tensor:
-        """As `encode`; the tower's output stays with the chunk, in main memory, for the second visit."""
-        if modality == "image" and chunk.image_features is None:
-            features = tower_features(self.lvlm, chunk.tensors)
-            chunk.image_features = [{name: part.cpu() for name, part in one.items()} for one in features]
-        return self.encode(chunk, modality)
 
 
 def loss_across_processes(loss: CMSALoss | InfoNCELoss) -> LossFunction:
@@ -118,8 +115,9 @@ def fitting_chunk_size(step: ContrastiveStep, maker: BatchMaker, items: Sequence
         chunks = {"image": maker.image_chunk(by_area[:size]), "text": maker.text_chunk(by_length[:size])}
         fits = True
         try:
-            for modality, tensors in chunks.items():
-                torch.autograd.grad(step.encode(Chunk(tensors), modality).sum(), parameters, allow_unused=True)
+            step.tower.complete([chunks["image"]])
+            for modality, chunk in chunks.items():
+                torch.autograd.grad(step.encode(chunk, modality).sum(), parameters, allow_unused=True)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or size == 1:
                 raise
@@ -130,8 +128,3 @@ def fitting_chunk_size(step: ContrastiveStep, maker: BatchMaker, items: Sequence
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size = (size + 1) // 2
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU (where PyTorch raises a plain RuntimeError)."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
 from sda_fast.data.images import load_image
 from sda_fast.data.items import Item
-from sda_fast.lvlm.family import image_token_id
+from sda_fast.lvlm.family import SEQUENCE_ENTRIES, image_token_id
 from sda_fast.lvlm.load import LVLM
 from sda_fast.lvlm.prompts import PromptConfig, attribute_text, image_messages, text_messages
 
@@ -45,8 +46,8 @@ def collate_images(
 
     Returns:
         On the CPU: input_ids, attention_mask [B, T] int64; position_ids [B, T] or [3, B, T]; pool_mask [B, T] bool,
-        the tokens that the vector averages; is_noise [B] bool; and what the family's processor makes of the pixels
-        (pixel_values, image_grid_thw, ...).
+        the tokens that the vector averages; is_noise [B] bool; shown_sizes [B, 2] int64, width and height; and what the
+        family's processor makes of the pixels (pixel_values, image_grid_thw, ...).
 
     Raises:
         ValueError: no items.
@@ -63,16 +64,38 @@ def collate_images(
         )
         for item in items
     ]
-    rendered = render(lvlm, image_messages(prompts.image_instruction), prompts)
-    batch = lvlm.processor(
-        text=[rendered] * len(items),
-        images=[[image] for image, _ in loaded],
-        padding=True,
-        return_tensors="pt",
-        add_special_tokens=_adds_special_tokens(lvlm, rendered),
-        **lvlm.family.image_options(lvlm.processor, options.min_pixels, options.max_pixels),
-    )
-    return _finish(lvlm, dict(batch), prompts) | {"is_noise": torch.tensor([noise for _, noise in loaded])}
+    batch = _process(lvlm, [image for image, _ in loaded], prompts, options)
+    return _finish(lvlm, batch, prompts) | {
+        "is_noise": torch.tensor([noise for _, noise in loaded]),
+        "shown_sizes": torch.tensor([image.size for image, _ in loaded]),
+    }
+
+
+def collate_shown(
+    lvlm: LVLM,
+    sizes: Sequence[tuple[int, int]],
+    prompts: PromptConfig | None = None,
+    image_options: ImageOptions | None = None,
+    known: dict[tuple[int, int], dict[str, torch.Tensor]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """What `collate_images` returns for pictures of these (width, height), without pixels and is_noise.
+
+    A picture's sequence depends on its size alone, so no picture is needed where the tower's output is known.
+
+    Args:
+        known: sequences by size, taken from and added to, so that each size goes through the processor once.
+    """
+    prompts, options = prompts or PromptConfig(), image_options or ImageOptions()
+    known = {} if known is None else known
+    for size in set(sizes) - set(known):
+        blank = _process(lvlm, [Image.new("RGB", size)], prompts, options)
+        known[size] = {name: tensor for name, tensor in blank.items() if not name.startswith("pixel_")}
+    longest = max(known[size]["input_ids"].shape[1] for size in sizes)
+    batch = {}
+    for name in known[sizes[0]]:
+        fill = lvlm.tokenizer.pad_token_id if name == "input_ids" else 0
+        batch[name] = torch.cat([_pad_left(known[size], name, longest, fill) for size in sizes])
+    return _finish(lvlm, batch, prompts) | {"shown_sizes": torch.tensor(sizes)}
 
 
 def collate_texts(lvlm: LVLM, items: Sequence[Item], prompts: PromptConfig | None = None) -> dict[str, torch.Tensor]:
@@ -112,6 +135,31 @@ def plain_text(lvlm: LVLM, text: str, max_tokens: int | None) -> str:
         return text
     offsets = lvlm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return text if len(offsets) <= max_tokens else text[: offsets[max_tokens][0]]
+
+
+def _process(
+    lvlm: LVLM, pictures: Sequence[Image.Image], prompts: PromptConfig, options: ImageOptions
+) -> dict[str, torch.Tensor]:
+    """The family's processor on pictures and the instruction line."""
+    rendered = render(lvlm, image_messages(prompts.image_instruction), prompts)
+    return dict(
+        lvlm.processor(
+            text=[rendered] * len(pictures),
+            images=[[picture] for picture in pictures],
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=_adds_special_tokens(lvlm, rendered),
+            **lvlm.family.image_options(lvlm.processor, options.min_pixels, options.max_pixels),
+        )
+    )
+
+
+def _pad_left(sequence: dict[str, torch.Tensor], name: str, length: int, fill: int) -> torch.Tensor:
+    """One sequence's tensor, with `fill` before it up to `length` tokens where it goes along the tokens."""
+    tensor, tokens = sequence[name], sequence["input_ids"].shape[1]
+    if name not in SEQUENCE_ENTRIES or tokens == length:
+        return tensor
+    return torch.cat([tensor.new_full((1, length - tokens, *tensor.shape[2:]), fill), tensor], dim=1)
 
 
 def _check_not_empty(items: Sequence[Item]) -> None:

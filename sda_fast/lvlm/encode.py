@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sda_fast.lvlm.family import ImageFeatures
+from sda_fast.lvlm.family import SEQUENCE_ENTRIES, ImageFeatures
 from sda_fast.lvlm.load import LVLM
+from sda_fast.lvlm.packing import pack, pool_packed
+from sda_fast.lvlm.tower import tower_features
 from sda_fast.moda.context import modality as modality_context
 
 
@@ -17,6 +19,7 @@ def encode(
     modality: str,
     *,
     image_features: Sequence[ImageFeatures] | None = None,
+    packed: bool = False,
 ) -> torch.Tensor:
     """Vectors of a batch: the mean of the last hidden state over the tokens of `pool_mask`.
 
@@ -26,32 +29,36 @@ def encode(
         batch: from `collate_images` or `collate_texts`, on any device.
         modality: "image" or "text".
         image_features: what `tower_features` returned for these items, to skip the tower; one entry per sequence.
+        packed: run the decoder on one row without padding (sda_fast.lvlm.packing).
 
     Returns:
         [B, D] float32, not normalised (DESIGN.md section 2).
 
     Raises:
-        ValueError: the batch is not of that modality, or the number of image features is wrong.
+        ValueError: the batch is not of that modality, the number of image features is wrong, or the family cannot
+            pack sequences of that modality.
     """
     if modality not in ("image", "text"):
         raise ValueError(f'modality must be "image" or "text", got {modality!r}')
-    if (modality == "image") != ("pixel_values" in batch):
+    if (modality == "image") != ("pixel_values" in batch or image_features is not None):
         raise ValueError(f"modality {modality!r} was given a batch of {sorted(batch)}")
-    batch = {name: tensor.to(lvlm.device) for name, tensor in batch.items()}
     if modality == "image":
-        image_features = image_features if image_features is not None else tower_features(lvlm, batch)
+        image_features = tower_features(lvlm, batch) if image_features is None else image_features
         if len(image_features) != len(batch["input_ids"]):
             raise ValueError(f"{len(image_features)} image features for {len(batch['input_ids'])} sequences")
         image_features = [{name: part.to(lvlm.device) for name, part in one.items()} for one in image_features]
+    sequences = {name: tensor for name, tensor in batch.items() if name in SEQUENCE_ENTRIES}
+    if packed and modality not in lvlm.family.packs:
+        raise ValueError(f"the {lvlm.family.name} family cannot pack {modality} sequences")
+    if packed:
+        sequences = pack(sequences)
+    lengths = sequences.pop("lengths", None)
+    sequences = {name: tensor.to(lvlm.device) for name, tensor in sequences.items()}
     with modality_context(modality):
-        hidden_states = lvlm.family.last_hidden_state(lvlm.model, batch, image_features)
-    return mean_pool(hidden_states, batch["pool_mask"])
-
-
-def tower_features(lvlm: LVLM, batch: Mapping[str, torch.Tensor]) -> list[ImageFeatures]:
-    """The frozen vision tower's output for a batch from `collate_images`, without gradient: per sequence by name."""
-    with torch.no_grad():
-        return lvlm.family.image_features(lvlm.model, {name: tensor.to(lvlm.device) for name, tensor in batch.items()})
+        hidden_states = lvlm.family.last_hidden_state(lvlm.model, sequences, image_features)
+    if lengths is not None:
+        return pool_packed(hidden_states, sequences["pool_mask"], lengths)
+    return mean_pool(hidden_states, sequences["pool_mask"])
 
 
 def mean_pool(hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

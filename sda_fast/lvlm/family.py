@@ -13,6 +13,19 @@ from torch import nn
 
 ImageFeatures = dict[str, torch.Tensor]
 
+# Entries of a batch that belong to its sequences; all others are what the tower is given.
+SEQUENCE_ENTRIES = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "pool_mask",
+    "is_noise",
+    "shown_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "cross_attention_mask",
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -24,6 +37,7 @@ class Family:
         language_model: path of the decoder inside the base model; all its linears are quantised, nothing else is.
         not_quantized: regular expressions of what stays 16-bit, from the start of a module's name to a dot or its end.
         target_modules: regular expression that matches whole names of the linears to adapt.
+        packs: modalities whose sequences can lie one after another in one row (sda_fast.lvlm.packing).
     """
 
     name: str = "generic"
@@ -31,6 +45,7 @@ class Family:
     language_model: str = "language_model"
     not_quantized: tuple[str, ...] = (r"(?:.*\.)?vision_tower", r"(?:.*\.)?multi_modal_projector", r"(?:.*\.)?lm_head")
     target_modules: str = r"(?:.*\.)?language_model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj"
+    packs: tuple[str, ...] = ("image", "text")
 
     def base_model(self, model: nn.Module) -> Any:
         """The model without its language head; `model` itself when it was loaded without one."""
@@ -40,6 +55,14 @@ class Family:
         """The language model inside `model`."""
         return self.base_model(model).get_submodule(self.language_model)
 
+    def tower_tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of the tower and the projector by name: all of the base model beside the decoder."""
+        base = self.base_model(model)
+        others = [self.decoder(model), base.get_input_embeddings()]
+        beside = {id(tensor) for module in others for tensor in (*module.parameters(), *module.buffers())}
+        named = (*base.named_parameters(), *base.named_buffers())
+        return {name: tensor for name, tensor in named if id(tensor) not in beside}
+
     def image_options(self, processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """Keywords of the processor that keep a picture between the bounds on width x height; {}: fixed size."""
         return {}
@@ -47,6 +70,32 @@ class Family:
     def position_ids(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Positions [B, T] counted from each sequence's first unmasked token, 0 under padding."""
         return sequence_positions(batch["attention_mask"])
+
+    def picture_rows(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+        """Per tensor that the tower is given, how many of its rows belong to each sequence.
+
+        A tensor with another number of rows than sequences (patches, tiles) is shared out by image tokens.
+
+        Raises:
+            ValueError: the rows cannot be shared out so.
+        """
+        tokens = image_token_mask(model, batch["input_ids"]).sum(-1).tolist()
+        rows = {}
+        for name, tensor in batch.items():
+            if len(tensor) == len(tokens):
+                rows[name] = [1] * len(tokens)
+            elif name not in SEQUENCE_ENTRIES:
+                if any(count * len(tensor) % sum(tokens) for count in tokens):
+                    raise ValueError(f"{name} has {len(tensor)} rows for sequences with {tokens} image tokens")
+                rows[name] = [count * len(tensor) // sum(tokens) for count in tokens]
+        return {name: own for name, own in rows.items() if name not in SEQUENCE_ENTRIES or name == "input_ids"}
+
+    def pictures(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor], places: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """What the tower is given for the pictures of some sequences, their `input_ids` included."""
+        pieces = {name: batch[name].split(rows) for name, rows in self.picture_rows(model, batch).items()}
+        return {name: torch.cat([own[place] for place in places]) for name, own in pieces.items()}
 
     def image_features(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> list[ImageFeatures]:
         """What the frozen tower and projector make of the pixels: per sequence, tensors [image tokens, D] by name."""

@@ -49,7 +49,8 @@ class LVLM:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where the decoder is; the tower may wait in main memory (sda_fast.lvlm.tower)."""
+        return next(self.language_model.parameters()).device
 
 
 def load_lvlm(
@@ -61,6 +62,7 @@ def load_lvlm(
     device: str | torch.device | None = None,
     lm_head: bool = False,
     attention: str | None = None,
+    progress: bool = True,
 ) -> LVLM:
     """Load a model from a folder or the Hugging Face hub.
 
@@ -72,6 +74,7 @@ def load_lvlm(
         device: default: the first GPU if there is one, else the CPU.
         lm_head: load the language head as well; item vectors do not need it.
         attention: transformers' `attn_implementation` ("sdpa", "eager", "flash_attention_2"); None: its default.
+        progress: show transformers' bar while weights are read.
 
     Raises:
         FileNotFoundError: no such folder or hub model, or a file of it is missing.
@@ -92,7 +95,7 @@ def load_lvlm(
         options["quantization_config"] = nf4_config(family, dtype=dtype, double_quant=double_quant)
     auto_class = AutoModelForImageTextToText if lm_head else AutoModel
     try:
-        model = _load_model(auto_class, name_or_path, options)
+        model = _load_model(auto_class, name_or_path, options, progress)
         processor = load_processor(name_or_path, config)
     except OSError as error:
         raise FileNotFoundError(f"{name_or_path} lacks a file of the model: {error}") from error
@@ -105,16 +108,21 @@ def load_lvlm(
     return LVLM(model, processor, family, str(name_or_path))
 
 
-def _load_model(auto_class: Any, name_or_path: str | Path, options: dict[str, Any]) -> Any:
+def _load_model(auto_class: Any, name_or_path: str | Path, options: dict[str, Any], progress: bool) -> Any:
     """`from_pretrained`, with weights that are missing an error and with silence about the language head."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    if not progress:
+        transformers_logging.disable_progress_bar()
     try:
         model, report = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
     if report["missing_keys"]:
         raise RuntimeError(f"{name_or_path} lacks the weights {_some(report['missing_keys'])}")
     unexpected = [name for name in report["unexpected_keys"] if "lm_head." not in name]

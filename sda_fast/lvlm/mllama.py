@@ -16,11 +16,14 @@ from sda_fast.lvlm.family import Family, ImageFeatures
 class MllamaFamily(Family):
     """Cross-attention layers are quantised with the decoder but get no adapters (DESIGN.md section 2).
 
-    Pictures are laid on tiles of the tower's size by the processor; within 256 x 256 pixels they take one or two.
+    Pictures are laid on tiles of the tower's size by the processor; within 256 x 256 pixels they take one or two. The
+    features of the empty tiles count: tokens before the picture attend to all tiles. Only text is packed, because a
+    packed row would attend to the pictures of all its items and mask them.
     """
 
     name: str = "Mllama (Llama-3.2-Vision)"
     model_types: tuple[str, ...] = ("mllama",)
+    packs: tuple[str, ...] = ("text",)
     not_quantized: tuple[str, ...] = (r"(?:.*\.)?vision_model", r"(?:.*\.)?multi_modal_projector", r"(?:.*\.)?lm_head")
 
     def image_features(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> list[ImageFeatures]:
@@ -47,7 +50,7 @@ class MllamaFamily(Family):
         base = self.base_model(model)
         output = base(
             inputs_embeds=base.get_input_embeddings()(batch["input_ids"]),
-            attention_mask=batch["attention_mask"],
+            attention_mask=batch.get("attention_mask"),
             position_ids=batch["position_ids"],
             use_cache=False,
             **image,

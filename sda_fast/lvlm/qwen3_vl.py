@@ -40,7 +40,7 @@ class Qwen3VLFamily(Qwen2VLFamily):
             deepstack["deepstack_visual_embeds"] = [torch.cat([one[name] for one in image_features]) for name in names]
         output = self.decoder(model)(
             inputs_embeds=self.embed(model, batch["input_ids"], image_features),
-            attention_mask=batch["attention_mask"],
+            attention_mask=batch.get("attention_mask"),
             position_ids=batch["position_ids"],
             use_cache=False,
             **deepstack,

@@ -156,8 +156,8 @@ def longest_chunks(maker: BatchMaker, items: Sequence[Item], size: int) -> dict[
     by_area = sorted(items, key=lambda item: -image_area(item, maker.image_options))
     by_length = sorted(items, key=lambda item: -len(attribute_text(item, maker.prompts)))
     return {
-        "image": maker.image_chunk([by_area[place % len(items)] for place in range(size)]),
-        "text": maker.text_chunk([by_length[place % len(items)] for place in range(size)]),
+        "image": maker.image_chunk([by_area[place % len(items)] for place in range(size)]).tensors,
+        "text": maker.text_chunk([by_length[place % len(items)] for place in range(size)]).tensors,
     }
 
 
@@ -167,7 +167,7 @@ def tokenized_lengths(maker: BatchMaker, items: Sequence[Item]) -> Lengths:
     stride = max(1, len(items) // SAMPLED_ITEMS)
     sample = items[::stride]
     text, image = (int(longest[name]["attention_mask"].sum()) for name in ("text", "image"))
-    texts = maker.text_chunk(sample)["attention_mask"].sum(1).float().mean()
+    texts = maker.text_chunk(sample).tensors["attention_mask"].sum(1).float().mean()
     areas = [image_area(item, maker.image_options) for item in items]
     share = sum(areas) / len(areas) / max(areas)
     return Lengths(text, image, float(texts) / text, share, (0, 0), f"the model's processor on {len(items)} items")

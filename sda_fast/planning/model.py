@@ -75,33 +75,41 @@ def config_of_model(name: str) -> tuple[Any, bool]:
         raise FileNotFoundError(f"{error}; without the hub there are {', '.join(presets)}") from error
 
 
-def fake_lvlm(config: Any, name: str, *, quantization: str, dtype: torch.dtype, processor: Any = None) -> LVLM:
+def fake_lvlm(
+    config: Any,
+    name: str,
+    *,
+    quantization: str,
+    dtype: torch.dtype,
+    double_quant: bool = True,
+    processor: Any = None,
+) -> LVLM:
     """What `load_lvlm` would return, on fake tensors; call it inside a FakeTensorMode."""
     from transformers import AutoModel
 
     family = family_of(config)
     model = AutoModel.from_config(config, dtype=dtype)
     if quantization == "nf4":
-        pack_decoder(model, family)
+        pack_decoder(model, family, double_quant)
     model.eval().requires_grad_(False)
     return LVLM(model, processor, family, name)
 
 
-def pack_decoder(model: nn.Module, family: Family) -> None:
+def pack_decoder(model: nn.Module, family: Family, double_quant: bool) -> None:
     """Put a packed stand-in in the place of every linear of the decoder, as `load_lvlm` quantises them."""
     for parent in list(family.decoder(model).modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, Linear4bit(child))
+                setattr(parent, name, Linear4bit(child, double_quant))
 
 
 class Linear4bit(nn.Linear):
-    """The shape of bitsandbytes' layer of this name: NF4 codes, and statistics that are quantised themselves.
+    """The shape of bitsandbytes' layer of this name: NF4 codes, and statistics, quantised themselves with double_quant.
 
     A product decodes the whole weight into new memory and frees it again, as bitsandbytes does for many rows.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, double_quant: bool = True) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         device, elements = linear.weight.device, linear.weight.numel()
@@ -118,11 +126,11 @@ class Linear4bit(nn.Linear):
             shape=linear.weight.shape,
             quant_type="nf4",
             blocksize=NF4_BLOCK,
-            nested=True,
-            absmax=torch.empty(blocks, dtype=torch.uint8, device=device),
+            nested=double_quant,
+            absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device),
             code=torch.empty(16, device=device),
-            offset=torch.empty((), device=device),
-            state2=nested,
+            offset=torch.empty((), device=device) if double_quant else None,
+            state2=nested if double_quant else None,
         )
 
     def forward(self, x: Tensor) -> Tensor:

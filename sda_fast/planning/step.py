@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sda_fast.jobs.batches import Batch, Chunk, Side
+from sda_fast.jobs.features import Tower
 from sda_fast.jobs.train_config import FinetuneConfig
 from sda_fast.jobs.train_state import make_loss, make_optimizer, moda_config
 from sda_fast.jobs.train_step import ContrastiveStep, training_mode
-from sda_fast.lvlm.encode import tower_features
+from sda_fast.lvlm.family import SEQUENCE_ENTRIES, ImageFeatures
 from sda_fast.lvlm.load import LVLM
+from sda_fast.lvlm.tower import picture_groups
 from sda_fast.moda.inject import adapt_model, named_moda_layers
 from sda_fast.ops.quantized import is_4bit, workspaces
 from sda_fast.planning.cards import Card
@@ -56,48 +58,83 @@ class StepPlan:
         return sum(self.parts.values())
 
 
+class PlannedTower(Tower):
+    """The tower on the pictures of a batch's first chunk, each shape of a group run once.
+
+    Args:
+        cached: all features are on the disk, so that the tower does not run.
+        offload: its weights are on the card only while it runs.
+    """
+
+    def __init__(self, lvlm: LVLM, ledger: Ledger, *, group_size: int | None, cached: bool, offload: bool) -> None:
+        super().__init__(lvlm, group_size=group_size)
+        self.ledger, self.cached, self.offload = ledger, cached, offload
+        self.runs: Counter[str] = Counter()
+        self._made: dict[tuple[int, ...], list[ImageFeatures]] = {}
+        self.place_weights(HOST if offload else "weights")
+
+    def place_weights(self, part: str) -> None:
+        for tensor in self.lvlm.family.tower_tensors(self.lvlm.model).values():
+            self.ledger.retag(tensor, part)
+
+    def complete(self, chunks: Iterable[Chunk]) -> None:
+        """Features of the first chunk; the others are like it."""
+        all_chunks = list(chunks)
+        first = all_chunks[0]
+        if self.offload and not self.cached:
+            self.place_weights("weights")
+        self.ledger.section = "tower"
+        rows = self.lvlm.family.picture_rows(self.lvlm.model, first.tensors)["pixel_values"]
+        for group in picture_groups(self.lvlm, first.tensors, range(len(first.features)), self.group_size):
+            shapes = tuple(rows[place] for place in group)
+            section = f"tower {shapes}"
+            self.runs[section] += len(all_chunks)
+            if shapes not in self._made:
+                self.ledger.section = section
+                self._made[shapes] = self._run(first, group)
+            for place, features in zip(group, self._made[shapes], strict=True):
+                first.features[place] = features
+        if self.offload:
+            self.place_weights(HOST)
+
+    def _run(self, chunk: Chunk, group: Sequence[int]) -> list[ImageFeatures]:
+        with torch.no_grad():
+            with self.ledger.allocating("inputs"):
+                inputs = self.lvlm.family.pictures(self.lvlm.model, chunk.tensors, group)
+            features = self.lvlm.family.image_features(self.lvlm.model, inputs)
+        with self.ledger.allocating(HOST):
+            return [{name: part.clone() for name, part in one.items()} for one in features]
+
+
 @dataclass(frozen=True)
 class PlannedStep(ContrastiveStep):
     """`ContrastiveStep` whose copies to and from main memory are written down, although both are the same here.
 
     Attributes:
         ledger: where to.
-        runs: (modality, whether with a graph) -> how often a chunk was encoded; only the first is really run, the
-            others give vectors without a graph.
+        runs: section -> how often a chunk was encoded in it; only the first is really run, the others give vectors
+            without a graph.
     """
 
     ledger: Ledger = field(kw_only=True)
-    runs: Counter[tuple[str, bool]] = field(default_factory=Counter, kw_only=True)
+    runs: Counter[str] = field(default_factory=Counter, kw_only=True)
     kept: list[int] = field(default_factory=list, kw_only=True)
 
     def encode(self, chunk: Chunk, modality: str) -> Tensor:
-        self.ledger.section = section_of(modality, torch.is_grad_enabled())
-        tensors = {name: self._on_device(tensor) for name, tensor in chunk.tensors.items()}
-        features = chunk.image_features
-        if features is not None:
-            features = [{name: part.clone() for name, part in one.items()} for one in features]
+        section = section_of(modality, torch.is_grad_enabled())
+        self.runs[section] += 1
+        if self.runs[section] > 1:
+            return torch.empty(len(chunk.tensors["input_ids"]), self.reduce_to or self.lvlm.hidden_size)
+        self.ledger.section = section
+        tensors = {name: self._on_device(one) for name, one in chunk.tensors.items() if name in SEQUENCE_ENTRIES}
+        known = chunk.image_features or []
+        features: list[ImageFeatures | None] = [
+            {name: self._on_device(part) for name, part in one.items()} for one in known
+        ]
         with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
-            vectors = super().encode(Chunk(tensors, features), modality)
+            vectors = super().encode(Chunk(tensors, features=features), modality)
         self.kept.append(self.ledger.live["activations"])
         return vectors
-
-    def encode_keeping_features(self, chunk: Chunk, modality: str) -> Tensor:
-        key = (modality, torch.is_grad_enabled())
-        self.runs[key] += 1
-        if self.runs[key] > 1:
-            return torch.empty(len(chunk.tensors["input_ids"]), self.width)
-        self.ledger.section = section_of(*key)
-        if modality == "image" and chunk.image_features is None:
-            tensors = {name: self._on_device(tensor) for name, tensor in chunk.tensors.items()}
-            features = tower_features(self.lvlm, tensors)
-            del tensors
-            with self.ledger.allocating(HOST):
-                chunk.image_features = [{name: part.clone() for name, part in one.items()} for one in features]
-        return self.encode(chunk, modality)
-
-    @property
-    def width(self) -> int:
-        return self.reduce_to or self.lvlm.hidden_size
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         copy = tensor.clone()
@@ -122,16 +159,19 @@ def plan_step(
     *,
     card: Card | None,
     shares: Mapping[str, float] | None = None,
+    tower_cached: bool = False,
 ) -> StepPlan:
     """Run one step of `config` on a fake model and write down its memory and work.
 
     Args:
         lvlm: from `fake_lvlm`; adapted here if it is not yet.
-        config: batch_size, chunk_size, gradient_checkpointing, optimizer and the adapter's and loss's settings count.
+        config: batch_size, chunk_size, gradient_checkpointing, optimizer, tower_batch, tower_offload and the adapter's
+            and loss's settings count.
         chunks: "image" and "text" -> real tensors of one chunk, the longest that is to come.
         fake_mode: that the model was made in.
         card: the GPU to plan for; None: a step on the CPU, as it is.
         shares: "image" and "text" -> mean over longest length; the time is scaled by it.
+        tower_cached: a step whose pictures are all in the tower cache.
     """
     ledger = Ledger(fake_mode, card.seconds if card is not None else None, rounding=512 if card is not None else 1)
     with contextlib.ExitStack() as stack:
@@ -158,13 +198,19 @@ def plan_step(
             ledger.section = "loss"
             return loss(images, texts)
 
-        step = PlannedStep(lvlm, marked_loss, config.loss_width(lvlm), ledger=ledger)
+        tower = PlannedTower(
+            lvlm, ledger, group_size=config.tower_batch, cached=tower_cached, offload=config.tower_offload
+        )
+        step = PlannedStep(lvlm, marked_loss, config.loss_width(lvlm), tower, ledger=ledger)
         with ledger.allocating(HOST):
             batch = batch_of(ledger, chunks, config)
         library = torch.empty(LIBRARY_WORKSPACE_BYTES if card is not None else 0, dtype=torch.uint8)
         ledger.adopt([library], "workspaces")
         if card is not None:
             warm_workspace(lvlm)
+        if tower_cached:
+            tower.complete(batch.images.chunks)
+            tower.runs.clear()
         ledger.reset_peak()
         ledger.seconds.clear()
         ledger.flops.clear()
@@ -183,8 +229,8 @@ def plan_step(
         config.gradient_checkpointing,
         {part: ledger.peak_parts.get(part, 0) for part in PARTS},
         max(step.kept),
-        summed(ledger.seconds, step.runs, shares) if card is not None else None,
-        summed(ledger.flops, step.runs, shares),
+        summed(ledger.seconds, step.runs + tower.runs, shares) if card is not None else None,
+        summed(ledger.flops, step.runs + tower.runs, shares),
     )
 
 
@@ -207,9 +253,11 @@ def batch_of(ledger: Ledger, chunks: Mapping[str, Mapping[str, Tensor]], config:
             name: torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_floating_point() else ledger.fake(tensor)
             for name, tensor in chunks[modality].items()
         }
-        rest = {name: fakes[name] for name in ("input_ids",)}
         pieces = [
-            Chunk(fakes if count == size else {name: tensor[:count] for name, tensor in rest.items()})
+            Chunk(
+                fakes if count == size else {"input_ids": fakes["input_ids"][:count]},
+                features=[None] * count if modality == "image" else [],
+            )
             for count in counts
         ]
         sides.append(Side(pieces, ledger.fake(torch.arange(config.batch_size))))
@@ -253,14 +301,10 @@ def eight_bit_state(parameter: Tensor, paged: bool) -> list[Tensor]:
     return [*scales, *(torch.empty(parameter.shape, dtype=torch.uint8) for _ in range(2))]
 
 
-def summed(
-    work: Mapping[str, float], runs: Mapping[tuple[str, bool], int], shares: Mapping[str, float] | None
-) -> float:
-    """The step's work: each section as often as its chunks came, scaled to the mean lengths."""
+def summed(work: Mapping[str, float], runs: Mapping[str, int], shares: Mapping[str, float] | None) -> float:
+    """The step's work: each section as often as its chunks or groups came, scaled to the mean lengths."""
     total = 0.0
     for section, amount in work.items():
-        modality = section.split()[0]
-        with_graph = section.endswith("with graph")
-        times = runs.get((modality, with_graph), 1)
-        total += amount * times * (shares or {}).get(modality, 1.0)
+        modality = section.split()[0].replace("tower", "image")
+        total += amount * runs.get(section, 1) * (shares or {}).get(modality, 1.0)
     return total

@@ -89,11 +89,11 @@ def test_an_interrupted_run_continues_with_the_shards_it_has(embed_config, tmp_p
     config = embed_config()
     encode, calls = embed_job.encode, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == 9:
             raise KeyboardInterrupt
-        return encode(*arguments)
+        return encode(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(embed_job, "encode", interrupted)
@@ -104,7 +104,7 @@ def test_an_interrupted_run_continues_with_the_shards_it_has(embed_config, tmp_p
     names = ["image-000000", "image-000001", "image-000002", "text-000000"]
     assert sorted(path.stem for path in parts.iterdir()) == names
     calls.clear()
-    monkeypatch.setattr(embed_job, "encode", lambda *arguments: calls.append(1) or encode(*arguments))
+    monkeypatch.setattr(embed_job, "encode", lambda *given, **options: calls.append(1) or encode(*given, **options))
     resumed = read_item_vectors(embed(config))
     assert len(calls) == 3
     for name in ("image", "text", "vectors"):
@@ -168,7 +168,7 @@ def test_folded_weights_give_the_same_vectors_one_modality_at_a_time(
 def test_a_missing_adapter_and_a_vector_that_is_not_finite_are_named(embed_config, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         embed(embed_config(adapter=tmp_path / "nowhere"))
-    monkeypatch.setattr(embed_job, "encode", lambda lvlm, batch, modality: torch.full((5, 64), torch.nan))
+    monkeypatch.setattr(embed_job, "encode", lambda *given, **options: torch.full((5, 64), torch.nan))
     with pytest.raises(ValueError, match="image vectors of these items are not finite: I0"):
         embed(embed_config())
 
@@ -177,10 +177,10 @@ def test_out_of_memory_halves_the_batch_and_says_so(embed_config, tmp_path, monk
     whole = read_item_vectors(embed(embed_config(output=tmp_path / "whole.safetensors")))
     encode = embed_job.encode
 
-    def small_card(lvlm, batch, modality):
+    def small_card(lvlm, batch, modality, **options):
         if len(batch["input_ids"]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return encode(lvlm, batch, modality)
+        return encode(lvlm, batch, modality, **options)
 
     monkeypatch.setattr(embed_job, "encode", small_card)
     with caplog.at_level(logging.WARNING):

@@ -11,7 +11,7 @@ from sda_fast.lvlm.encode import encode, mean_pool, tower_features
 from sda_fast.lvlm.load import quantized_linears
 
 MODEL_TYPES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "gemma3", "llava"]
-OWN_ENTRIES = ("pool_mask", "is_noise", "position_ids")
+OWN_ENTRIES = ("pool_mask", "is_noise", "position_ids", "shown_sizes")
 
 families = pytest.mark.parametrize("model_type", MODEL_TYPES)
 quantizations = pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -41,6 +41,7 @@ def config_for(model, **changes):
 def real_step(model, items, config):
     """Bytes of a real step on the CPU: frozen, trained, optimiser, and storages kept for backward by the encoder."""
     from sda_fast.jobs.batches import BatchMaker
+    from sda_fast.jobs.features import Tower
     from sda_fast.jobs.train_state import make_loss, make_optimizer, moda_config
     from sda_fast.jobs.train_step import ContrastiveStep, training_mode
     from sda_fast.lvlm.collate import ImageOptions
@@ -71,7 +72,7 @@ def real_step(model, items, config):
                 return super().encode(chunk, modality)
 
     with training_mode(lvlm, gradient_checkpointing=config.gradient_checkpointing):
-        Watched(lvlm, loss, config.loss_width(lvlm))(batch)
+        Watched(lvlm, loss, config.loss_width(lvlm), Tower(lvlm))(batch)
     optimizer.step()
     states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     chunks = {"image": batch.images.chunks[0].tensors, "text": batch.texts.chunks[0].tensors}
