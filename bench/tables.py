@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import documents_of, replace_between
+
 BEGIN, END = "<!-- tables of sda-fast bench: begin -->", "<!-- tables of sda-fast bench: end -->"
 HEADER = ("method", "ms p20", "p50", "p80", "x frozen", "x PEFT", "peak MiB", "kept / x", "error")
 TRAINING = "forward + backward"
@@ -109,17 +111,7 @@ def update_page(page: Path, results: Path) -> None:
     Raises:
         ValueError: the page has no such place.
     """
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{page} must have the lines {BEGIN!r} and {END!r} once each, for the tables to go between")
-    documents = []
-    for path in result_files(results):
-        picture = path.with_suffix(".png")
-        link = Path("..", *picture.parts[-3:]).as_posix() if picture.exists() else None
-        documents.append((json.loads(path.read_text(encoding="utf-8")), link))
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    page.write_text(f"{head}{BEGIN}\n\n{as_page(documents)}\n\n{END}{tail}", encoding="utf-8")
+    replace_between(page, BEGIN, END, as_page(documents_of(result_files(results))))
 
 
 def draw_all(results: Path) -> list[Path]:

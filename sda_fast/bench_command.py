@@ -44,7 +44,9 @@ class BenchConfig:
         None, "folder of the results files (default: bench/results of the checkout; --tune: the user's cache folder)"
     )
     picture: bool = setting(True, "draw a picture beside the results file (needs matplotlib)")
-    page: Path | None = setting(None, "rewrite the tables of this page, docs/performance.md, from the results files")
+    page: Path | None = setting(
+        None, "rewrite the tables of this page, docs/performance.md or docs/nf4.md, from the results files"
+    )
     invocation: str = field(default="", metadata={"hidden": True})
 
     def __post_init__(self) -> None:
@@ -85,7 +87,7 @@ def run_bench(config: BenchConfig) -> str:
     lines = []
     if config.measure:
         lines.append(importlib.import_module({"layer": "layers", "nf4": "nf4_run"}[config.what]).run(config))
-    tables = importlib.import_module("tables")
+    tables = importlib.import_module({"layer": "tables", "nf4": "nf4_tables"}[config.what])
     written = tables.result_files(output)
     if config.picture:
         written += tables.draw_all(output)
