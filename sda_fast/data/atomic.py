@@ -1,3 +1,0 @@
-"""Old home of `sda_fast.atomic`."""
-
-from sda_fast.atomic import *  # noqa: F403
