@@ -85,7 +85,8 @@ class FinetuneConfig:
         ValueError: a value is out of range or two settings contradict each other; the message quotes them.
     """
 
-    presets: ClassVar[Presets] = {"published": PUBLISHED}
+    # Without steps, so that epochs may be given instead; with neither it is the published number.
+    presets: ClassVar[Presets] = {"published": {**PUBLISHED, "steps": None}}
 
     model: str = field(metadata=_help("model folder or hub name, e.g. Qwen/Qwen2.5-VL-7B-Instruct"))
     items: Path = field(metadata=_help("catalogue: JSON lines, .jsonl or .jsonl.gz", changeable=True))
