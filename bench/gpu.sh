@@ -23,28 +23,31 @@ step() {
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name())' || exit 1
 
-step kernels 100 "$python" bench/check_kernels.py
+step kernels 80 "$python" bench/check_kernels.py
 if "$python" -c 'import pytest' 2>/dev/null; then
     # Compiling takes most of the time: one process per kernel, the last one for everything else.
     parts=(project expand_add gated_linear dy_pass dx_pass decoding fold small_product)
     rest=$(printf ' or %s' "${parts[@]}")
-    step suite 130 xargs -d '\n' -P 8 -I{} "$python" -m pytest -q -p no:cacheprovider tests/kernels tests/ops tests/moda \
+    step suite 115 xargs -d '\n' -P 8 -I{} "$python" -m pytest -q -p no:cacheprovider tests/kernels tests/ops tests/moda \
         -k {} < <(printf '%s\n' "${parts[@]}" "not (${rest# or })")
 else
     summary+=("suite        not run: pytest is not installed")
 fi
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 if [ -n "$sanitizer" ]; then
-    step memcheck 100 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" bench/check_kernels.py
+    step memcheck 75 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" bench/check_kernels.py
 else
     summary+=("memcheck     not run: compute-sanitizer is not installed")
 fi
-step speed 45 "$python" bench/kernel_speed.py --out "$results/kernel_speed.json"
-step regimes 25 "$python" bench/regime_speed.py --quick
-# A compilation takes as long as measuring three cases.
-step layers 75 "$python" -m sda_fast.cli bench --device cuda --seconds 0.5 --limit 50 --compile-cases 1 --no-picture \
+step speed 35 "$python" bench/kernel_speed.py --out "$results/kernel_speed.json"
+# Into a folder of its own: what was measured here decides nothing until it is put where tables are looked for.
+step tune 45 "$python" -m sda_fast.cli bench --tune --device cuda --seconds 0.1 --limit 35 --output "$results/tuned"
+step nf4 75 "$python" -m sda_fast.cli bench --what nf4 --device cuda --seconds 0.3 --limit 60 --no-picture \
     --output "$results"
-cat "$results/regimes.log" "$results/speed.log"
+# A compilation takes as long as measuring three cases.
+step layers 50 "$python" -m sda_fast.cli bench --device cuda --seconds 0.5 --limit 35 --compile-cases 1 --no-picture \
+    --output "$results"
+cat "$results/tune.log" "$results/speed.log" "$results/nf4.log"
 sed -n '/^summary/,$p' "$results/layers.log"
 echo
 printf '%s\n' "${summary[@]}"

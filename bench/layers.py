@@ -32,7 +32,7 @@ from sda_fast.timing import Step, one_thread_on_a_cpu, percentile, ratio, time_i
 logger = logging.getLogger(__name__)
 
 MODES = ("forward", "forward + backward")
-PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "unsloth")
+PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "torchao", "unsloth")
 FIRST_ROUNDS = 30
 Record = dict[str, Any]
 

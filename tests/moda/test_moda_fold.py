@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sda_fast import MoDAConfig, MoDALinear, adapt_model, load_adapter, modality, save_adapter
 from sda_fast.moda import fold
 from sda_fast.moda.fold import fold_model, unfold_model
-from sda_fast.ops import cuda_library, folding, moda_evaluate
+from sda_fast.ops import cuda_library, fold_regimes, folding, moda_evaluate
 from sda_fast.ops.fold_regimes import Way, evaluation_way, forced_evaluation
 from sda_fast.ops.folding import folded_weight
 from sda_fast.ops.moda_torch import Member
@@ -207,6 +207,33 @@ def test_the_cuda_library_is_given_what_it_asks_for(rows: int, monkeypatch: pyte
         y = one(x, 1)
     assert called == ["linear" if rows <= 64 else "fold"]
     assert ((y.double() - one(x, 1).double()).abs() <= difference_bound(one, x, 1)).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_own_product_agrees_to_the_bound(
+    backend: str, nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Triton's interpreter does not compute bfloat16 rightly.
+    dtype = torch.bfloat16 if backend == "torch" else torch.float16
+    one, x = layer(64, 128, quantised=True, dtype=dtype), torch.randn(7, 128).to(dtype)
+    if not nested:
+        from bitsandbytes.nn import Params4bit
+
+        weight = decode(*describe_weight(one.weight), torch.float32).clone()
+        one.base_layer.weight = Params4bit(weight, requires_grad=False, compress_statistics=False, quant_type="nf4")
+        one.base_layer.to("cpu")
+    expected = one(x, 1)
+    one.backend = backend
+    with monkeypatch.context() as patched:
+        # On a CPU it is not among the ways: there bitsandbytes is fast in a layout of its own only.
+        patched.setattr(fold_regimes, "bitsandbytes_multiplies", lambda x, layout: True)
+        called = []
+        real = moda_evaluate.bitsandbytes_output
+        patched.setattr(moda_evaluate, "bitsandbytes_output", lambda *a: (called.append(a), real(*a))[1])
+        y = evaluate(one, x, way="bitsandbytes")
+    assert len(called) == 1
+    assert ((y.double() - expected.double()).abs() <= difference_bound(one, x, 1)).all()
 
 
 def test_autocast_folds_in_its_dtype() -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sda_fast.ops.quantized import decode, decode_absmax, decode_in_pytorch, describe_weight, layer_kind
@@ -72,6 +77,47 @@ def test_weights_repacked_for_cpu_evaluation_are_restored(nested: bool) -> None:
         bnb.functional.dequantize_4bit(packed.data, packed.quant_state), before, rtol=0.02, atol=1e-3
     )
     assert (after - weight).abs().mean() < 0.1
+
+
+def saved_and_loaded(layer: nn.Module, tmp_path: Path) -> nn.Module:
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4")
+    state = load_file(tmp_path / "layer.safetensors")
+    other.weight = bnb.nn.Params4bit.from_prequantized(
+        state.pop("weight"), {name.removeprefix("weight."): tensor for name, tensor in state.items()}, device="cpu"
+    )
+    return other
+
+
+def moved(layer: nn.Module, tmp_path: Path) -> nn.Module:
+    if torch.cuda.is_available():
+        layer = layer.to("cuda")
+        assert decode(*describe_weight(layer.weight), torch.float32).is_cuda
+    return layer.to("cpu")
+
+
+def pickled(layer: nn.Module, tmp_path: Path) -> nn.Module:
+    torch.save(layer, tmp_path / "layer.pt")
+    return torch.load(tmp_path / "layer.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("way", [saved_and_loaded, moved, pickled, lambda layer, folder: copy.deepcopy(layer)])
+def test_weights_that_were_saved_moved_or_copied_decode_to_the_same(
+    way: Callable, nested: bool, quant_type: str, blocksize: int, tmp_path: Path
+) -> None:
+    layer = bnb.nn.Linear4bit(96, 40, bias=False, quant_type=quant_type)
+    layer.weight = bnb.nn.Params4bit(
+        torch.randn(40, 96), requires_grad=False, quant_type=quant_type, compress_statistics=nested, blocksize=blocksize
+    )
+    layer = layer.to("cpu")
+    layout, *described = describe_weight(layer.weight)
+    before = decode(layout, *described, torch.float32).clone()
+    again = describe_weight(way(layer, tmp_path).weight)
+    assert again[0] == layout and layout.blocksize == blocksize and bool(layout.nested_blocksize) == nested
+    assert torch.equal(decode(*again, torch.float32), before)
 
 
 def test_a_weight_not_quantised_yet_is_an_error() -> None:
