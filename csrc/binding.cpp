@@ -132,8 +132,8 @@ void decode_fold_4bit(Tensor packed, Tensor code, Tensor absmax, OptionalTensor 
 
 void linear_4bit(Tensor x, Tensor packed, Tensor code, Tensor absmax, OptionalTensor nested_code,
                  OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size,
-                 OptionalTensor bias, OptionalTensor hidden, OptionalTensor lora_B, double code_multiplier, Tensor out,
-                 int64_t splits) {
+                 OptionalTensor bias, OptionalTensor hidden, OptionalTensor lora_B, OptionalTensor gates, double scaling,
+                 double code_multiplier, Tensor out, int64_t splits) {
   check_output(out);
   check_dense(x, "x");
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == out.size(0) && x.scalar_type() == out.scalar_type(),
@@ -163,6 +163,13 @@ void linear_4bit(Tensor x, Tensor packed, Tensor code, Tensor absmax, OptionalTe
     linear.lora_B = lora_B->const_data_ptr();
     linear.lora_kind = scalar_kind(*lora_B, "lora_B", true, false);
     linear.rank = int(hidden->size(1));
+    if (gates.has_value()) {
+      linear.gates = float_pointer(*gates, "gates", 1);
+      linear.scaling = float(scaling);
+      linear.num_experts = int(gates->numel());
+      STD_TORCH_CHECK(linear.rank % linear.num_experts == 0, "rank ", linear.rank, " is not a multiple of ",
+                      linear.num_experts, " experts");
+    }
   }
   const sda::PackedWeight weight = packed_weight(packed, code, absmax, nested_code, nested_absmax, nested_offset, block_size,
                                                  nested_block_size, linear.N * linear.K);
@@ -187,7 +194,7 @@ STABLE_TORCH_LIBRARY(sda_fast_cuda, library) {
   library.def("decode_fold_4bit(" SDA_WEIGHT_SCHEMA
               "Tensor lora_A, Tensor lora_B, Tensor gates, float scaling, Tensor(a!) out) -> ()");
   library.def("linear_4bit(Tensor x, " SDA_WEIGHT_SCHEMA
-              "Tensor? bias, Tensor? hidden, Tensor? lora_B, float code_multiplier, Tensor(a!) out, int splits=0) -> ()");
+              "Tensor? bias, Tensor? hidden, Tensor? lora_B, Tensor? gates, float scaling, float code_multiplier, Tensor(a!) out, int splits=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sda_fast_cuda, CUDA, library) {

@@ -25,12 +25,15 @@ struct FoldArguments {
 cudaError_t decode_fold(const PackedWeight& weight, const FoldArguments& fold, void* out, ScalarKind out_kind,
                         cudaStream_t stream);
 
-// out [M, N] = x W^T + bias + hidden B^T with hidden = h * G, accumulated in float32 and rounded once.
+// out [M, N] = x W^T + bias + (h * G) B^T with G[r] = scaling * gates[r / (R / E)], accumulated in float32, rounded once.
 struct LinearArguments {
   const void* x;          // [M, K]
   const void* bias;       // [N] of x's kind, or null
-  const float* hidden;    // [M, R] float32, or null
+  const float* hidden;    // h [M, R], or null
   const void* lora_B;     // [N, R], or null
+  const float* gates;     // [E], or null if hidden is h * G already
+  float scaling;
+  int num_experts;
   void* out;              // [M, N]
   ScalarKind kind;        // of x, bias and out
   ScalarKind lora_kind;   // bfloat16 or float32

@@ -1,4 +1,4 @@
-// y = x W^T + bias + hidden B^T for 1 to 64 rows of x, straight from the packed weight.
+// y = x W^T + bias + (h * G) B^T for 1 to 64 rows of x, straight from the packed weight.
 //
 // Reading W at the memory's speed leaves under four instructions an element, so the tensor cores multiply even for one row:
 // 16 rows of W are the m16 side of mma.m16n8k16, eight rows of x the n8 side. A packed byte becomes the register with its
@@ -26,6 +26,9 @@ struct LinearPointers {
   const uint16_t* bias;
   const float* hidden;
   const void* lora_B;
+  const float* gates;
+  float scaling;
+  int ranks_per_expert;
   uint16_t* out;
   float* parts;  // [splits, M, N] when splits > 1
   int splits;
@@ -42,7 +45,9 @@ __device__ __forceinline__ float low_rank_term(const LinearPointers& linear, int
     const int64_t index = n * linear.rank + r;
     const float b = linear.lora_is_float32 ? load_cached(static_cast<const float*>(linear.lora_B) + index)
                                            : BFloat16::widen(load_cached(static_cast<const uint16_t*>(linear.lora_B) + index));
-    sum = multiply_add(load_cached(linear.hidden + int64_t(m) * linear.rank + r), b, sum);
+    float h = load_cached(linear.hidden + int64_t(m) * linear.rank + r);
+    if (linear.gates != nullptr) h *= linear.scaling * load_cached(linear.gates + r / linear.ranks_per_expert);
+    sum = multiply_add(h, b, sum);
   }
   return sum;
 }
@@ -327,6 +332,9 @@ cudaError_t linear(const PackedWeight& weight, const LinearArguments& arguments,
                                 static_cast<const uint16_t*>(arguments.bias),
                                 arguments.hidden,
                                 arguments.lora_B,
+                                arguments.gates,
+                                arguments.scaling,
+                                arguments.gates == nullptr ? 1 : arguments.rank / arguments.num_experts,
                                 static_cast<uint16_t*>(arguments.out),
                                 arguments.parts,
                                 arguments.splits,

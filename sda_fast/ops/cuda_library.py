@@ -20,9 +20,14 @@ logger = logging.getLogger(__name__)
 LIBRARY_PATH = Path(__file__).with_name("libsda_fast_cuda.so")
 OPERATIONS = ("decode_4bit", "decode_fold_4bit", "linear_4bit")
 LARGEST_SMALL_M = 64
-# The code is rounded to 16 bits as code * multiplier, and the multiplier divided out of the float32 sum. FP4 becomes
-# exact; for NF4 in bfloat16 1.4367 minimises the rounding error (7.8e-4 of the weight, a decoded weight has 1.6e-3).
-CODE_MULTIPLIERS = {QUANT_TYPES["nf4"]: 1.4367, QUANT_TYPES["fp4"]: 3.0}
+# The code is rounded to 16 bits as code * multiplier, and the multiplier divided out of the float32 sum: those of NF4
+# leave the least rounding error of its 16 values, less than half of a decoded weight's; FP4 becomes exact.
+CODE_MULTIPLIERS = {
+    (QUANT_TYPES["nf4"], torch.bfloat16): 1.4367,
+    (QUANT_TYPES["nf4"], torch.float16): 1.6777,
+    (QUANT_TYPES["fp4"], torch.bfloat16): 3.0,
+    (QUANT_TYPES["fp4"], torch.float16): 3.0,
+}
 
 
 @cache
@@ -123,16 +128,20 @@ def linear(
     bias: Tensor | None = None,
     hidden: Tensor | None = None,
     lora_B: Tensor | None = None,
+    gates: Tensor | None = None,
+    scaling: float = 1.0,
     splits: int = 0,
 ) -> Tensor:
-    """Small product with a 4-bit weight, x W^T + bias + hidden B^T, accumulated in float32 and rounded once.
+    """Small product with a 4-bit weight, x W^T + bias + (h * G) B^T, accumulated in float32 and rounded once.
 
     Args:
         x: [M, K] float16 or bfloat16; meant for M <= 64, right but slow above.
         layout, data, statistics: from `quantized.describe_weight`, on x's device.
         bias: [N] of x's dtype.
-        hidden: [M, R] float32, the gated h * G of the low-rank part; needs lora_B.
+        hidden: [M, R] float32, h of the low-rank part, or h * G where gates are absent; needs lora_B.
         lora_B: [N, R] float32 or bfloat16.
+        gates: [E], one modality's; E divides R.
+        scaling: alpha / r, which multiplies the gates.
         splits: into how many parts K is split where N alone does not fill the device; 0 chooses.
     Returns:
         [M, N] of x's dtype.
@@ -141,6 +150,8 @@ def linear(
     weight = weight_arguments(layout, data, statistics)
     hidden = None if hidden is None else hidden.float().contiguous()
     lora_B = None if lora_B is None else lora_B.contiguous()
-    multiplier = CODE_MULTIPLIERS[layout.quant_type]
-    torch.ops.sda_fast_cuda.linear_4bit(x.contiguous(), *weight, bias, hidden, lora_B, multiplier, out, splits)
+    gates = None if gates is None else gates.float().contiguous()
+    multiplier = CODE_MULTIPLIERS[layout.quant_type, x.dtype]
+    update = (hidden, lora_B, gates, scaling)
+    torch.ops.sda_fast_cuda.linear_4bit(x.contiguous(), *weight, bias, *update, multiplier, out, splits)
     return out

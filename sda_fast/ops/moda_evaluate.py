@@ -14,7 +14,7 @@ from sda_fast.ops import cuda_library, moda_torch
 from sda_fast.ops.fold_regimes import evaluation_way
 from sda_fast.ops.folding import float32_unless_bfloat16, folded_weight, packed_bytes
 from sda_fast.ops.moda_group import empty_outputs, library, members_of, without_autocast
-from sda_fast.ops.moda_torch import Member, gate_of_ranks, wide
+from sda_fast.ops.moda_torch import Member, wide
 from sda_fast.ops.quantized import QUANT_NAMES, workspaces
 
 library.define(
@@ -91,8 +91,8 @@ def small_output(member: Member, x: Tensor, h: Tensor, use_library: bool) -> Ten
     bias = None if member.bias is None else member.bias.to(x.dtype)
     lora_B = float32_unless_bfloat16(member.lora_B).contiguous()
     if use_library:
-        hidden = h * gate_of_ranks(member, None, torch.float32)
-        return cuda_library.linear(x, layout, member.weight, member.statistics, bias, hidden, lora_B)
+        update = (h, lora_B, member.gates[0], member.scaling)
+        return cuda_library.linear(x, layout, member.weight, member.statistics, bias, *update)
     from sda_fast.kernels.moda_forward import with_unit_columns
     from sda_fast.kernels.nf4 import small_linear_4bit
 

@@ -77,12 +77,17 @@ class EmulatedKernels:
         )
         return out
 
-    def linear(self, x, packed, state, bias, hidden, lora_B, code_multiplier, out, splits=1) -> int:
+    def linear(
+        self, x, packed, state, bias, hidden, lora_B, code_multiplier, out, splits=1, gates=None, scaling=1.0
+    ) -> int:
         """Fills out; returns into how many parts K was split, 0 if the path for any shape was taken."""
         rows, columns = state.shape
         return self.library.emulated_linear(
             ctypes.byref(self.weight(packed, state)),
-            *(ctypes.c_void_p(pointer(tensor)) for tensor in (x, bias, hidden, lora_B, out)),
+            *(ctypes.c_void_p(pointer(tensor)) for tensor in (x, bias, hidden, lora_B, gates)),
+            ctypes.c_float(scaling),
+            1 if gates is None else gates.numel(),
+            ctypes.c_void_p(pointer(out)),
             SCALAR_KINDS[x.dtype],
             SCALAR_KINDS[torch.float32 if lora_B is None else lora_B.dtype],
             ctypes.c_float(code_multiplier),

@@ -37,12 +37,15 @@ int emulated_decode_fold(const WeightArguments* weight, const void* lora_A, cons
 
 // Returns into how many parts K was split, or 0 if the path for any shape was taken.
 int emulated_linear(const WeightArguments* weight, const void* x, const void* bias, const void* hidden, const void* lora_B,
-                    void* out, int kind, int lora_kind, float code_multiplier, int rank, int64_t M, int64_t N, int64_t K,
+                    const void* gates, float scaling, int num_experts, void* out, int kind, int lora_kind, float code_multiplier, int rank, int64_t M, int64_t N, int64_t K,
                     int wanted_splits) {
   sda::LinearArguments arguments{x,
                                        bias,
                                        static_cast<const float*>(hidden),
                                        lora_B,
+                                       static_cast<const float*>(gates),
+                                       scaling,
+                                       num_experts,
                                        out,
                                        sda::ScalarKind(kind),
                                        sda::ScalarKind(lora_kind),

@@ -121,18 +121,21 @@ LINEAR_CASES = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_is_no_less_accurate_than_decode_then_multiply(emulated_kernels, M, N, K, block_size, fast, dtype):
     for quant_type, nested, splits in (("nf4", True, 1), ("fp4", False, 3)):
-        multiplier = CODE_MULTIPLIERS[QUANT_TYPES[quant_type]]
+        multiplier = CODE_MULTIPLIERS[QUANT_TYPES[quant_type], dtype]
         packed, state = quantised((N, K), quant_type=quant_type, block_size=block_size, nested=nested, seed=M + N)
         generator = torch.Generator().manual_seed(K)
         x = torch.randn(M, K, generator=generator).to(dtype)
         bias = torch.randn(N, generator=generator).to(dtype)
         hidden = torch.randn(M, 8, generator=generator)
         lora_B = torch.randn(N, 8, generator=generator)
+        gates, scaling = torch.softmax(torch.randn(4, generator=generator), 0), 4.0
         out = poisoned(M, N, dtype=dtype)
-        parts = emulated_kernels.linear(x, packed, state, bias, hidden, lora_B, multiplier, out, splits)
+        gated = {"gates": gates, "scaling": scaling}
+        parts = emulated_kernels.linear(x, packed, state, bias, hidden, lora_B, multiplier, out, splits, **gated)
         assert bool(parts) == fast and parts <= splits
         weight = decoded(packed, state, torch.float32).double()
-        update = bias.double() + hidden.double() @ lora_B.double().T
+        hidden = hidden.double() * scaling * gates.double().repeat_interleave(2)
+        update = bias.double() + hidden @ lora_B.double().T
         exact = x.double() @ weight.T + update
         rounded_weight = decoded(packed, state, dtype).double()
         reference = (x.double() @ rounded_weight.T + update).to(dtype)
@@ -201,11 +204,12 @@ def test_k_is_split_only_where_rows_leave_multiprocessors_idle(emulated_kernels)
     assert parts(1, 16, 64 * 64) == 1, "a part would have a single round of loads"
 
 
-def test_code_multipliers_lower_the_rounding_error_of_nf4_and_make_fp4_exact():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_code_multipliers_lower_the_rounding_error_of_nf4_and_make_fp4_exact(dtype):
     def rounding_error(quant_type, multiplier):
         code = bitsandbytes.get_4bit_type(quant_type, device="cpu").double()
-        rounded = (code * multiplier).bfloat16().double() / multiplier
+        rounded = (code * multiplier).to(dtype).double() / multiplier
         return ((rounded - code).square().sum() / code.square().sum()).sqrt()
 
-    assert rounding_error("nf4", CODE_MULTIPLIERS[QUANT_TYPES["nf4"]]) < 0.65 * rounding_error("nf4", 1.0)
-    assert rounding_error("fp4", CODE_MULTIPLIERS[QUANT_TYPES["fp4"]]) < 1e-7
+    assert rounding_error("nf4", CODE_MULTIPLIERS[QUANT_TYPES["nf4"], dtype]) < 0.65 * rounding_error("nf4", 1.0)
+    assert rounding_error("fp4", CODE_MULTIPLIERS[QUANT_TYPES["fp4"], dtype]) < 1e-7
