@@ -14,6 +14,7 @@ from sda_fast.arguments import setting
 from sda_fast.atomic import write_json_atomic
 from sda_fast.data.items import read_items
 from sda_fast.embed import EmbedConfig, embed
+from sda_fast.jobs.train_config import TOWER_CACHE_GIB_HELP, TOWER_CACHE_HELP
 from sda_fast.lvlm.prompts import PromptConfig
 from sda_fast.lvlm.tiny import build_tiny_lvlm
 from sda_fast.presets import Presets, log_differences, with_preset
@@ -92,6 +93,10 @@ class PipelineConfig:
     patience: int = setting(6, "evaluations on validation without a gain after which training ends")
     seeds: tuple[int, ...] = setting((0, 1, 2), "one run of every recommender per seed")
     seed: int = setting(0, "of the small model, fine-tuning and noise images")
+    tower_cache: Literal["auto", "none"] | Path = setting(
+        "auto", f"{TOWER_CACHE_HELP}; all methods share it, auto is the folder tower-cache in the output"
+    )
+    tower_cache_gib: float = setting(20.0, TOWER_CACHE_GIB_HELP)
     device: str | None = setting(None, "cpu, cuda or cuda:1; default: a GPU where there is one")
     progress: bool = setting(True, "show progress bars")
 
@@ -99,6 +104,12 @@ class PipelineConfig:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"unknown method {method!r}, expected some of {', '.join(METHODS)}")
+
+    def tower_cache_folder(self) -> Literal["none"] | Path:
+        """Where all methods keep what the vision tower makes of the pictures."""
+        if self.tower_cache == "none":
+            return "none"
+        return Path(self.output) / "tower-cache" if self.tower_cache == "auto" else Path(self.tower_cache)
 
 
 def run_pipeline(config: PipelineConfig) -> Path:
@@ -176,6 +187,8 @@ def _finetune_config(config: PipelineConfig, model: str, method: str, folder: Pa
         gradient_checkpointing=config.gradient_checkpointing,
         quantization=config.quantization,
         seed=config.seed,
+        tower_cache=config.tower_cache_folder(),
+        tower_cache_gib=config.tower_cache_gib,
         device=config.device,
         progress=config.progress,
         **(METHODS[method] or {}),
@@ -196,6 +209,8 @@ def _embed_config(config: PipelineConfig, model: str, adapter: Path | None, tabl
         fields=config.fields,
         max_pixels=config.max_pixels,
         seed=config.seed,
+        tower_cache=config.tower_cache_folder(),
+        tower_cache_gib=config.tower_cache_gib,
         device=config.device,
         progress=config.progress,
     )

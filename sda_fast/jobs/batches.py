@@ -125,21 +125,23 @@ class BatchMaker:
     def image_chunk(self, items: Sequence[Item]) -> Chunk:
         shown = [replace(item, image=None) if item.item_id in self.without_picture else item for item in items]
         pictures = [self.cache.picture(item) if self.cache is not None else None for item in shown]
-        found = [self.cache.get(one) if self.cache is not None and one is not None else None for one in pictures]
+        found = [self._kept(picture) for picture in pictures]
         packed = "image" in self.packs
-        features = [None if one is None else one[0] for one in found]
         sizes = [one[1] for one in found if one is not None]
         if len(sizes) == len(items):
             tensors = collate_shown(self.lvlm, sizes, self.prompts, self.image_options, self.known_sequences)
             tensors["is_noise"] = torch.tensor([item.image is None for item in shown])
-            return Chunk(tensors, packed, features, pictures)
+            return Chunk(tensors, packed, [one[0] for one in found if one is not None], pictures)
         tensors = collate_images(self.lvlm, shown, self.prompts, self.image_options)
         for place, (item, is_noise) in enumerate(zip(shown, tensors["is_noise"].tolist(), strict=True)):
-            if is_noise:
+            if is_noise and item.image is not None:
                 self.without_picture.add(item.item_id)
-                if self.cache is not None:
-                    pictures[place] = self.cache.picture(replace(item, image=None))
-        return Chunk(tensors, packed, features, pictures)
+                pictures[place] = self.cache.picture(replace(item, image=None)) if self.cache is not None else None
+                found[place] = self._kept(pictures[place])
+        return Chunk(tensors, packed, [None if one is None else one[0] for one in found], pictures)
+
+    def _kept(self, picture: str | None) -> tuple[ImageFeatures, tuple[int, int]] | None:
+        return self.cache.get(picture) if self.cache is not None and picture is not None else None
 
     def text_chunk(self, items: Sequence[Item]) -> Chunk:
         return Chunk(collate_texts(self.lvlm, items, self.prompts), "text" in self.packs)

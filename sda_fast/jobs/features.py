@@ -50,6 +50,7 @@ class Tower:
                 self._complete(chunk)
 
     def _complete(self, chunk: Chunk) -> None:
+        self._look_again(chunk)
         missing = [place for place, one in enumerate(chunk.features) if one is None]
         while missing:
             group = picture_groups(self.lvlm, chunk.tensors, missing, self.group_size)[0]
@@ -68,6 +69,13 @@ class Tower:
             for place, features in zip(group, made, strict=True):
                 self._keep(chunk, place, {name: part.cpu() for name, part in features.items()})
             missing = missing[len(group) :]
+
+    def _look_again(self, chunk: Chunk) -> None:
+        """Take what was added to the cache since the chunk was made, by the step before it."""
+        for place, picture in enumerate(chunk.pictures):
+            if self.cache is not None and picture is not None and chunk.features[place] is None:
+                found = self.cache.get(picture)
+                chunk.features[place] = None if found is None else found[0]
 
     def _keep(self, chunk: Chunk, place: int, features: ImageFeatures) -> None:
         chunk.features[place] = features

@@ -1,9 +1,25 @@
 """One very small model and catalogue for all tests of the long jobs."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+RUN_FROM_JSON = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from sda_fast.train import FinetuneConfig, finetune
+finetune(FinetuneConfig(**json.loads(sys.argv[1])))
+"""
 
 
 @dataclass(frozen=True)
@@ -48,3 +64,27 @@ def finetune_config(small_world, tmp_path):
         return FinetuneConfig(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture
+def run_and_kill():
+    """run_and_kill(config, condition): a training run in a process of its own, killed once the condition holds.
+
+    `first` is code that the process runs before; this process computes with one thread, as that one does.
+    """
+
+    def run(config, condition, *, first="", timeout=120):
+        arguments = [sys.executable, "-c", first + RUN_FROM_JSON, json.dumps(config.as_json())]
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield run
+    torch.set_num_threads(before)

@@ -2,11 +2,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -16,41 +11,9 @@ from sda_fast import train
 from sda_fast.jobs import checkpoint, train_state
 from sda_fast.train import ConfigMismatchError, FinetuneConfig, NonFiniteLossError, finetune, preset
 
-RUN_FROM_JSON = """
-import json, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from sda_fast.train import FinetuneConfig, finetune
-finetune(FinetuneConfig(**json.loads(sys.argv[1])))
-"""
-
 
 def adapter_bytes(result):
     return (result.adapter / "adapter_model.safetensors").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def start(config):
-    arguments = [sys.executable, "-c", RUN_FROM_JSON, json.dumps(config.as_json())]
-    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def kill_when(process, condition, timeout=120):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
 
 
 def test_loss_falls_and_the_adapter_folder_is_complete(finetune_config):
@@ -126,12 +89,11 @@ def test_an_interrupted_run_continues_bit_for_bit(finetune_config, tmp_path, mon
     assert adapter_bytes(resumed) == adapter_bytes(whole) and resumed.losses == whole.losses
 
 
-def test_a_run_killed_at_any_moment_continues_bit_for_bit(finetune_config, tmp_path, one_thread):
+def test_a_run_killed_at_any_moment_continues_bit_for_bit(finetune_config, tmp_path, run_and_kill):
     whole = finetune(finetune_config(output=tmp_path / "whole", steps=10))
     config = finetune_config(output=tmp_path / "killed", steps=10)
     log = config.output / "log.jsonl"
-    process = start(config)
-    kill_when(process, lambda: log.is_file() and log.read_text().count("\n") >= 5)
+    run_and_kill(config, lambda: log.is_file() and log.read_text().count("\n") >= 5)
     with log.open("a") as file:
         file.write('{"step": 6, "loss')
     resumed = finetune(config)
@@ -139,13 +101,12 @@ def test_a_run_killed_at_any_moment_continues_bit_for_bit(finetune_config, tmp_p
 
 
 def test_a_kill_while_a_checkpoint_is_being_written_loses_only_that_checkpoint(
-    finetune_config, tmp_path, caplog, one_thread
+    finetune_config, tmp_path, caplog, run_and_kill
 ):
     whole = finetune(finetune_config(output=tmp_path / "whole"))
     config = finetune_config(output=tmp_path / "killed")
     (config.output / "hold").mkdir(parents=True)
-    slow = RUN_FROM_JSON.replace(
-        "from sda_fast.train import",
+    slow = (
         "import time\n"
         "from sda_fast.jobs import checkpoint\n"
         "save = checkpoint.save_optimizer\n"
@@ -154,13 +115,9 @@ def test_a_kill_while_a_checkpoint_is_being_written_loses_only_that_checkpoint(
         "    if '00000004' in str(path):\n"
         "        time.sleep(600)\n"
         "checkpoint.save_optimizer = slow\n"
-        "from sda_fast.train import",
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, json.dumps(config.as_json())], stderr=subprocess.PIPE, text=True
     )
     half = config.output / "checkpoints" / "unfinished-00000004"
-    kill_when(process, lambda: (half / "optimizer.safetensors").is_file())
+    run_and_kill(config, lambda: (half / "optimizer.safetensors").is_file(), first=slow)
     assert half.is_dir()
     with caplog.at_level(logging.WARNING):
         resumed = finetune(config)
