@@ -45,7 +45,7 @@ def keep_tile(seed, rows, first_column, column_groups, threshold, BLOCK_M: tl.co
     # in the upper half of a word, which spares the upper ones a shift; 65536 << 16 wraps to 0, and 0 - 1 is the top.
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
     samples = tl.join(words << 16, words)
-    last_dropped = (tl.to_tensor(threshold).to(tl.uint32) << 16) - 1
+    last_dropped = (tl.cast(threshold, tl.uint32) << 16) - 1
     return tl.reshape(samples > last_dropped, (BLOCK_M, BLOCK_K))
 
 
