@@ -54,6 +54,7 @@ _KNOWN_DIFFERENCES = (
     "Qwen models get their M-RoPE positions; the public code left them out.",
     "Image and text sequences are padded separately.",
     "The incomplete last batch of an epoch is left out.",
+    "The others are listed in docs/published.md of sda-fast.",
 )
 
 
