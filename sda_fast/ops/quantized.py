@@ -24,6 +24,9 @@ QUANT_NAMES = {number: name for name, number in QUANT_TYPES.items()}
 DECODABLE_BY_BITSANDBYTES = (torch.float32, torch.float16, torch.bfloat16)
 # Bytes decoded at once by the PyTorch path, so that its intermediates stay in the cache; whole blocks of any size.
 BYTES_PER_CHUNK = 1 << 16
+# The C library gives larger blocks back to the system, and getting one again costs more than decoding it.
+LARGEST_REUSED_ALLOCATION = 1 << 25
+ELEMENTS_PER_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -209,9 +212,25 @@ def decode_scaled(
             return out
         # bitsandbytes 0.50.2 decodes wrongly on a CPU where blocks straddle rows.
         if layout.in_features % layout.blocksize == 0:
-            return operation.default(codes, absmax, layout.blocksize, name, shape, dtype)
+            if elements * dtype.itemsize <= LARGEST_REUSED_ALLOCATION:
+                return operation.default(codes, absmax, layout.blocksize, name, shape, dtype)
+            out = workspaces.take(elements, dtype, codes.device).view(shape) if out is None else out
+            return decode_by_rows(layout, codes, absmax, out)
     out = workspaces.take(elements, dtype, codes.device) if out is None else out.view(-1)
     return decode_in_pytorch(layout, codes, absmax, code, out).view(shape)
+
+
+def decode_by_rows(layout: WeightLayout, codes: Tensor, absmax: Tensor, out: Tensor) -> Tensor:
+    """Fill `out` [N, K] with what bitsandbytes decodes, a few rows at a time; rows must start blocks."""
+    operation, name = torch.ops.bitsandbytes.dequantize_4bit.default, QUANT_NAMES[layout.quant_type]
+    N, K = out.shape
+    step = max(1, ELEMENTS_PER_CHUNK // K)
+    for first in range(0, N, step):
+        last = min(first + step, N)
+        some_codes = codes.view(-1)[first * K // 2 : last * K // 2]
+        scales = absmax[first * K // layout.blocksize : last * K // layout.blocksize]
+        out[first:last] = operation(some_codes, scales, layout.blocksize, name, (last - first, K), out.dtype)
+    return out
 
 
 def decode_in_pytorch(layout: WeightLayout, data: Tensor, absmax: Tensor, code: Tensor, out: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sda_fast.ops import quantized
 from sda_fast.ops.quantized import decode, decode_absmax, decode_in_pytorch, describe_weight, layer_kind
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -47,6 +48,18 @@ def test_pytorch_decoding_equals_bitsandbytes_bit_for_bit(N: int, K: int, dtype:
     absmax = bnb.functional.dequantize_blockwise(statistics[0], packed.quant_state.state2) + packed.quant_state.offset
     theirs = torch.ops.bitsandbytes.dequantize_4bit(data, absmax, layout.blocksize, "nf4", (N, K), dtype)
     assert torch.equal(ours.view(N, K), theirs)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_large_weights_are_decoded_by_rows_into_the_workspace(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = describe_weight(quantised(40, 1024, nested=nested)[1])
+    whole = decode(*described, torch.bfloat16).clone()
+    monkeypatch.setattr(quantized, "LARGEST_REUSED_ALLOCATION", 0)
+    monkeypatch.setattr(quantized, "ELEMENTS_PER_CHUNK", 7 * 1024)
+    quantized.workspaces.take(40 * 1024, torch.bfloat16, torch.device("cpu")).fill_(float("nan"))
+    by_rows = decode(*described, torch.bfloat16)
+    assert torch.equal(by_rows, whole)
+    assert by_rows.data_ptr() == quantized.workspaces.take(1, torch.bfloat16, torch.device("cpu")).data_ptr()
 
 
 def test_float64_is_the_float32_decoding_widened() -> None:
