@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -92,10 +93,12 @@ def measure_catalogue(device: torch.device, seconds: float, *, quick: bool) -> l
     }
     features = tower_features(lvlm, batches["image"])
     adapted, frozen = truth_and_allowance(ours, batches, features), truth_and_allowance(lvlm, batches, features)
-    entries: dict[str, Contestant | str] = {
-        name: Contestant(partial(vectors, model, batches), *(frozen if name == FLOOR else adapted))
-        for name, model in contestants.items()
-    }
+    entries: dict[str, Contestant | str] = {}
+    for name, model in contestants.items():
+        truth, allowed = frozen if name == FLOOR else adapted
+        # Plain PyTorch rounds weight and output of a layer; the loop rounds the output once more per expert.
+        allowed *= math.sqrt(1 + EXPERTS / 2) if name == LOOP else 1.0
+        entries[name] = Contestant(partial(vectors, model, batches), truth, allowed)
     records = contest(case, entries, device, seconds=seconds, against=(LOOP, FLOOR))
     for record in records:
         if "milliseconds" in record:
