@@ -42,12 +42,14 @@ fi
 step speed 35 "$python" bench/kernel_speed.py --out "$results/kernel_speed.json"
 # Into a folder of its own: what was measured here decides nothing until it is put where tables are looked for.
 step tune 45 "$python" -m sda_fast.cli bench --tune --device cuda --seconds 0.1 --limit 35 --output "$results/tuned"
-step nf4 75 "$python" -m sda_fast.cli bench --what nf4 --device cuda --seconds 0.3 --limit 60 --no-picture \
+step nf4 45 "$python" -m sda_fast.cli bench --what nf4 --device cuda --seconds 0.3 --limit 33 --no-picture \
     --output "$results"
+step cmsa 30 "$python" -m sda_fast.cli bench --what cmsa --device cuda --items 8192 65536 --dimensions 3584 --seconds 0.3 \
+    --methods ours "plain PyTorch" "as in open_clip" --limit 12 --no-picture --output "$results"
 # A compilation takes as long as measuring three cases.
 step layers 50 "$python" -m sda_fast.cli bench --device cuda --seconds 0.5 --limit 35 --compile-cases 1 --no-picture \
     --output "$results"
-cat "$results/tune.log" "$results/speed.log" "$results/nf4.log"
+cat "$results/tune.log" "$results/speed.log" "$results/nf4.log" "$results/cmsa.log"
 sed -n '/^summary/,$p' "$results/layers.log"
 echo
 printf '%s\n' "${summary[@]}"

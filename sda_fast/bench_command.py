@@ -17,14 +17,21 @@ import torch
 
 from sda_fast.arguments import setting
 
+# By what is measured: the module in bench/ that measures, and the one that writes its tables.
+MODULES = {
+    "layer": ("layers", "tables"),
+    "nf4": ("nf4_run", "nf4_tables"),
+    "cmsa": ("cmsa_bench", "cmsa_tables"),
+}
+
 
 @dataclass
 class BenchConfig:
     """What `sda-fast bench` measures and where its results go."""
 
-    what: Literal["layer", "nf4"] = setting(
+    what: Literal["layer", "nf4", "cmsa"] = setting(
         "layer", "layer: one adapted layer in training and evaluation; nf4: 4-bit decode and products, a decoder layer "
-        "in evaluation, embedding a catalogue"
+        "in evaluation, embedding a catalogue; cmsa: the contrastive losses"
     )  # fmt: skip
     tune: bool = setting(
         False, "measure the ways of computing a layer instead, and write the table that chooses among them here"
@@ -33,8 +40,10 @@ class BenchConfig:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to measure; auto takes a GPU if there is one")
     layers: tuple[str, ...] = setting((), "only these layers: q, up, down, k (of Qwen2.5-VL-7B), medium or small")
     methods: tuple[str, ...] = setting((), 'only these methods, for example MoDA "frozen layer" "PEFT LoRA"')
+    items: tuple[int, ...] = setting((), "cmsa: only these batch sizes")
+    dimensions: tuple[int, ...] = setting((), "cmsa: only vectors of these lengths")
     shapes: tuple[str, ...] = setting((), "with --tune: only these layers, outputs x inputs, such as 3584x18944")
-    seconds: float | None = setting(None, "how long each case is timed per pass (default: 4; nf4 2; --tune 0.5)")
+    seconds: float | None = setting(None, "how long each case is timed per pass (default: 4; nf4, cmsa 2; --tune 0.5)")
     compile_cases: int | None = setting(
         None, "compile the baseline under torch.compile for so many cases (default: all)"
     )
@@ -45,13 +54,13 @@ class BenchConfig:
     )
     picture: bool = setting(True, "draw a picture beside the results file (needs matplotlib)")
     page: Path | None = setting(
-        None, "rewrite the tables of this page, docs/performance.md or docs/nf4.md, from the results files"
+        None, "rewrite the tables of this page, docs/performance.md, nf4.md or cmsa.md, from the results files"
     )
     invocation: str = field(default="", metadata={"hidden": True})
 
     def __post_init__(self) -> None:
         if self.seconds is None:
-            self.seconds = 0.5 if self.tune else {"layer": 4.0, "nf4": 2.0}[self.what]
+            self.seconds = 0.5 if self.tune else {"layer": 4.0, "nf4": 2.0, "cmsa": 2.0}[self.what]
         if self.seconds <= 0 or self.limit < 0:
             raise ValueError(f"seconds must be positive and limit not negative, got {self.seconds} and {self.limit}")
 
@@ -86,8 +95,8 @@ def run_bench(config: BenchConfig) -> str:
     config = dataclasses.replace(config, output=output)
     lines = []
     if config.measure:
-        lines.append(importlib.import_module({"layer": "layers", "nf4": "nf4_run"}[config.what]).run(config))
-    tables = importlib.import_module({"layer": "tables", "nf4": "nf4_tables"}[config.what])
+        lines.append(importlib.import_module(MODULES[config.what][0]).run(config))
+    tables = importlib.import_module(MODULES[config.what][1])
     written = tables.result_files(output)
     if config.picture:
         written += tables.draw_all(output)

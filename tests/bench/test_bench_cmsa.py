@@ -1,0 +1,82 @@
+"""The benchmark of the contrastive losses on tiny batches: what it checks, measures, keeps, writes and refuses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sda_fast.bench_command import BenchConfig, bench_folder, run_bench
+
+
+@pytest.fixture(scope="module")
+def bench() -> SimpleNamespace:
+    """The modules of bench/, which is no package."""
+    sys.path.insert(0, str(bench_folder()))
+    names = ("cmsa_bench", "cmsa_cases", "cmsa_run", "cmsa_tables")
+    return SimpleNamespace(**{name.removeprefix("cmsa_"): importlib.import_module(name) for name in names})
+
+
+def config(folder: Path, *methods: str, **options: object) -> BenchConfig:
+    options = {"items": (16, 40), "dimensions": (8,), "seconds": 0.01, "picture": False, **options}
+    return BenchConfig("cmsa", device="cpu", methods=methods, output=folder, invocation="a command", **options)
+
+
+def test_every_method_is_right_on_a_small_batch(bench: SimpleNamespace) -> None:
+    for loss, methods in bench.cases.METHODS.items():
+        for name, method in methods.items():
+            if name != "torch.compile":
+                error = bench.run.error_on_a_small_batch(loss, method.make(), 70, 12, torch.float32, "cpu")
+                assert error <= bench.run.ALLOWED_ERROR[torch.float32], (loss, name)
+
+
+def test_a_run_writes_results_picture_and_page_and_a_second_one_adds_to_them(bench, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{bench.tables.BEGIN}\nold\n{bench.tables.END}\nafter\n")
+    path = tmp_path / "results" / "cmsa-cpu.json"
+    shown = run_bench(config(tmp_path / "results", "ours", items=(16,), picture=True, page=page))
+    first = json.loads(path.read_text())["records"]
+    assert [(r["loss"], r["B"]) for r in first] == [("CMSA", 16), ("InfoNCE", 16)]
+    for record in first:
+        low, middle, high = record["milliseconds"]
+        assert 0 < low <= middle <= high and record["peak_bytes"] >= 0 and record["command"] == "a command"
+        assert record["floor_milliseconds"] > 0 and record["to_floor"] > 0 and "to_plain" not in record
+    assert "CMSA, D = 8, float32" in shown and path.with_suffix(".png").stat().st_size > 1000
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| 16 | ours |" in text
+    run_bench(config(tmp_path / "results", "as in open_clip", items=(16,), limit=0.0))
+    both = json.loads(path.read_text())["records"]
+    assert both[: len(first)] == first and both[-1]["reason"] == "not measured: out of time"
+
+
+def test_too_much_memory_or_time_is_not_started(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench.cases.Case("CMSA", 1000, 8, torch.float32)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(bench.bench, "free_memory", lambda device: 2e7)
+    assert bench.bench.reason_not_to_start(case, "ours", cpu, []) == ""
+    reason = bench.bench.reason_not_to_start(case, "plain PyTorch", cpu, [])
+    assert reason == "not measured: would take about 0.036 GB, the limit here is 0.01 GB"
+    smaller = {"loss": "CMSA", "method": "ours", "B": 100, "D": 8, "milliseconds": [1.0, 4000.0, 5000.0]}
+    reason = bench.bench.reason_not_to_start(case, "ours", cpu, [smaller])
+    assert reason == "not measured: one step would take about 400 s, the limit is 300 s"
+
+
+def test_a_wrong_answer_has_no_time(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = bench.run.measure("CMSA", lambda: lambda x, y, t: 2 * (x * y).sum() * t, 16, 8, torch.float32, "cpu", 0.01)
+    assert wrong["reason"].startswith("not timed: its error is") and "seconds" not in wrong
+    case = bench.cases.Case("CMSA", 16, 8, torch.float32)
+    other = {"loss": "CMSA", "method": "ours", "B": 16, "D": 8, "digest": [1.0, 2.0, 3.0]}
+    assert bench.bench.disagreement(case, [1.0, 2.0, 3.0], [other]) == ""
+    assert "its loss is nan where ours has 1" in bench.bench.disagreement(case, [float("nan"), 2.0, 3.0], [other])
+
+
+def test_unknown_methods_and_sizes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no method fast; there are ours, plain PyTorch"):
+        run_bench(config(tmp_path, "fast"))
+    with pytest.raises(ValueError, match="items must be at least 2"):
+        run_bench(config(tmp_path, items=(1,)))
