@@ -51,7 +51,7 @@ def export_lora(
         modality: a name or id.
         model: layers are named as in this one, which may be on the meta device; default: as in the model that was
             trained. It matters: PEFT takes a LoRA for a model with its language head into one without, and the other
-            way round, but leaves its weights out.
+            way round, with no more than a warning that all its weights are left out.
     Returns:
         `output`.
     Raises:
