@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Encode = Callable[[Any, str], Tensor]
@@ -29,6 +30,41 @@ class RandomState(NamedTuple):
             torch.cuda.set_rng_state_all(self.cuda)
 
 
+class OutOfMemoryOnAnotherRank(MemoryError):
+    """This rank's part of the step went well, another's did not: all have to start the step again."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device or the host has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def _failing_together(across_ranks: bool, device: torch.device | None) -> Iterator[None]:
+    """Where one rank's memory runs out in the block, every rank leaves it with an error that `is_out_of_memory`.
+
+    Nothing in the block may wait for another rank. Any other error is raised at once.
+    """
+    if not across_ranks:
+        yield
+        return
+    failure: BaseException | None = None
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = error
+    failed = torch.tensor(failure is not None, dtype=torch.int32, device=device)
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if failure is not None:
+        raise failure
+    if failed.item():
+        raise OutOfMemoryOnAnotherRank("another rank ran out of memory in this step")
+
+
 @contextlib.contextmanager
 def _without_autocast() -> Iterator[None]:
     """Autocast off: a backward pass must run in the dtypes that its forward pass recorded."""
@@ -46,6 +82,7 @@ def cached_contrastive_step(
     loss_fn: LossFunction,
     *,
     backward: Callable[[Tensor], None] | None = None,
+    across_ranks: bool = False,
 ) -> Tensor:
     """Forward and backward of `loss_fn(images, texts)` over all chunks, holding the graph of one chunk at a time.
 
@@ -70,12 +107,16 @@ def cached_contrastive_step(
         loss_fn: ([B, D], [B, D]) -> scalar.
         backward: called with the loss instead of `loss.backward()`, to scale it (`accelerator.backward`,
             `lambda loss: scaler.scale(loss).backward()`); the scale carries over to every gradient.
+        across_ranks: `loss_fn` waits for the other ranks of the default process group, which all make this call. Then
+            all of them raise when one runs out of memory, so that all can start again; chunks may differ between ranks.
 
     Returns:
         The loss, detached.
 
     Raises:
         ValueError: no chunks, or the two sides have different numbers of items.
+        OutOfMemoryOnAnotherRank: with `across_ranks`, another rank ran out of memory while encoding.
+        RuntimeError: with `across_ranks`, memory ran out in `loss_fn`, where other ranks cannot be told.
     """
     sides = (("image", list(image_chunks)), ("text", list(text_chunks)))
     for modality, chunks in sides:
@@ -85,7 +126,9 @@ def cached_contrastive_step(
     states: dict[str, list[RandomState]] = {}
     sizes: dict[str, list[int]] = {}
     vectors: list[Tensor] = []
-    with torch.no_grad():
+    across_ranks = across_ranks and dist.is_initialized()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+    with _failing_together(across_ranks, device), torch.no_grad():
         for modality, chunks in sides:
             states[modality], pieces = [], []
             for chunk in chunks:
@@ -97,24 +140,30 @@ def cached_contrastive_step(
     if len(images) != len(texts):
         raise ValueError(f"the image chunks hold {len(images)} items but the text chunks {len(texts)}")
 
-    with torch.enable_grad():
-        loss = loss_fn(images, texts)
-    with _without_autocast():
-        if backward is None:
-            loss.backward()
-        else:
-            backward(loss)
+    try:
+        with torch.enable_grad():
+            loss = loss_fn(images, texts)
+        with _without_autocast():
+            if backward is None:
+                loss.backward()
+            else:
+                backward(loss)
+    except (RuntimeError, MemoryError) as error:
+        if across_ranks and is_out_of_memory(error):
+            raise RuntimeError("memory ran out in the loss, not in a chunk: no smaller chunk would help") from error
+        raise
     state_after = RandomState.now()
 
-    for (modality, chunks), side in zip(sides, (images, texts), strict=True):
-        if side.grad is None:
-            continue
-        for chunk, state, gradient in zip(chunks, states[modality], side.grad.split(sizes[modality]), strict=True):
-            state.restore()
-            with torch.enable_grad():
-                chunk_vectors = encode(chunk, modality)
-            if chunk_vectors.requires_grad:
-                with _without_autocast():
-                    chunk_vectors.backward(gradient)
+    with _failing_together(across_ranks, device):
+        for (modality, chunks), side in zip(sides, (images, texts), strict=True):
+            if side.grad is None:
+                continue
+            for chunk, state, gradient in zip(chunks, states[modality], side.grad.split(sizes[modality]), strict=True):
+                state.restore()
+                with torch.enable_grad():
+                    chunk_vectors = encode(chunk, modality)
+                if chunk_vectors.requires_grad:
+                    with _without_autocast():
+                        chunk_vectors.backward(gradient)
     state_after.restore()
     return loss.detach()

@@ -11,7 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sda_fast.losses.cached import Encode, LossFunction, RandomState, cached_contrastive_step
+from sda_fast.losses.cached import (
+    Encode,
+    LossFunction,
+    OutOfMemoryOnAnotherRank,
+    RandomState,
+    cached_contrastive_step,
+    is_out_of_memory,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +68,6 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device or the host has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
 class CachedContrastiveStep:
     """`cached_contrastive_step` over whole batches: cuts them into chunks and survives a chunk that is too large.
 
@@ -77,11 +77,11 @@ class CachedContrastiveStep:
         parameters: all whose gradients the step adds to (the encoder's and the loss's); needed to undo half a step.
         chunk_size: items per chunk, or "auto": measured at the first call from the memory that one item's forward and
             backward pass takes and `FREE_MEMORY_SHARE` of the memory that is free.
-        backward: as in `cached_contrastive_step`.
+        backward, across_ranks: as in `cached_contrastive_step`.
 
     When memory runs out the gradients and the random state are put back, the chunk size is halved for good, a warning
     is logged and the step starts anew; with chunks of one item the error is raised. The attribute `chunk_size` holds
-    the size in use.
+    the size in use. With `across_ranks` every rank starts anew and only the one that ran out takes smaller chunks.
     """
 
     def __init__(
@@ -92,10 +92,11 @@ class CachedContrastiveStep:
         *,
         chunk_size: int | Literal["auto"] = "auto",
         backward: Callable[[Tensor], None] | None = None,
+        across_ranks: bool = False,
     ) -> None:
         if chunk_size != "auto" and chunk_size < 1:
             raise ValueError(f"chunk_size must be 'auto' or positive, got {chunk_size}")
-        self.encode, self.loss_fn, self.backward = encode, loss_fn, backward
+        self.encode, self.loss_fn, self.backward, self.across_ranks = encode, loss_fn, backward, across_ranks
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.chunk_size: int | Literal["auto"] = chunk_size
 
@@ -124,7 +125,11 @@ class CachedContrastiveStep:
                     split_batch(texts, size),
                     self.loss_fn,
                     backward=self.backward,
+                    across_ranks=self.across_ranks,
                 )
+            except OutOfMemoryOnAnotherRank:
+                self._put_gradients(earlier, add=False)
+                failure = None
             except (RuntimeError, MemoryError) as error:
                 self._put_gradients(earlier, add=False)
                 if size == 1 or not is_out_of_memory(error):
@@ -136,6 +141,9 @@ class CachedContrastiveStep:
             before.restore()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
+            if failure is None:
+                logger.warning("starting the step again: another rank ran out of memory")
+                continue
             logger.warning("out of memory with chunks of %d items, going on with %d: %s", size, size // 2, failure)
             size = self.chunk_size = size // 2
 

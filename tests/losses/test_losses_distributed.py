@@ -5,6 +5,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sda_fast import CMSALoss, cmsa_loss
+from sda_fast.losses.chunking import CachedContrastiveStep
 from sda_fast.losses.distributed import gather_embeddings, sharded_cmsa_loss, sum_gradients
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss
 
@@ -35,6 +36,8 @@ def check_rank(rank, folder):
             check_losses(rank, sizes)
             check_encoder(rank, sizes)
             check_gathering(rank, sizes)
+            for fails_with_graph in (False, True):
+                check_running_out_of_memory(rank, sizes, fails_with_graph)
         except AssertionError as error:
             error.add_note(f"with {sizes} items on the ranks")
             raise
@@ -80,6 +83,37 @@ def check_encoder(rank, sizes):
         results.append([parameter.grad for parameter in parameters])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def check_running_out_of_memory(rank, sizes, fails_with_graph):
+    """Rank 1 cannot take more than one item at a time; dropout is on, and what is there already is kept."""
+    x_all, y_all = whole_batch(sum(sizes))
+    rows = own_rows(rank, sizes)
+    results = []
+    for scarce in (True, False):
+        torch.manual_seed(0)
+        encoder = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Dropout(0.5)).double()
+        loss = CMSALoss(across_ranks=True)
+        parameters = [*encoder.parameters(), *loss.parameters()]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+
+        def encode(chunk, modality, encoder=encoder, scarce=scarce):
+            if scarce and rank == 1 and len(chunk) > 1 and torch.is_grad_enabled() == fails_with_graph:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 TiB")
+            return encoder(chunk)
+
+        ample = 2 if rank == 0 else 3
+        size = ample if scarce or rank != 1 else 1
+        step = CachedContrastiveStep(encode, loss, parameters, chunk_size=size, across_ranks=True)
+        torch.manual_seed(7 + rank)
+        value = step(x_all[rows], y_all[rows])
+        # a rank whose items fit, or that has none, keeps its chunks
+        short = rank == 1 and (sizes[rank] > 1 or not scarce)
+        assert step.chunk_size == (1 if short else ample)
+        results.append([value, *(parameter.grad for parameter in parameters), torch.rand(3)])
+    for survived, expected in zip(*results, strict=True):
+        torch.testing.assert_close(survived, expected)
 
 
 def check_gathering(rank, sizes):
