@@ -171,7 +171,9 @@ def _train(
         return maker.make([catalogue[place] for place in order.batch(step)[mine]], chunk_size)
 
     loss_function = state.loss if accelerator.num_processes == 1 else loss_across_processes(state.loss)
-    contrastive_step = ContrastiveStep(state.lvlm, loss_function, config.loss_width(state.lvlm), tower)
+    contrastive_step = ContrastiveStep(
+        state.lvlm, loss_function, config.loss_width(state.lvlm), tower, across_ranks=accelerator.num_processes > 1
+    )
     prefetcher = Prefetcher(make, last_step=total_steps - 1, enabled=config.prefetch)
     log = RunLog(config.output, after_step=state.step) if accelerator.is_main_process else None
     progress = tqdm(
@@ -249,8 +251,9 @@ def _forward_backward(
             return batch, float(loss)
         except (RuntimeError, MemoryError) as error:
             size = min(state.chunk_size or batch_size, batch_size)
-            # The other processes wait in a collective operation and cannot be told to start again.
-            if not is_out_of_memory(error) or size == 1 or state.accelerator.num_processes > 1:
+            # Without chunks the other processes wait in a collective operation and cannot be told to start again.
+            alone = state.accelerator.num_processes > 1 and batch.chunk_size is None
+            if not is_out_of_memory(error) or size == 1 or alone:
                 raise
         state.chunk_size = (size + 1) // 2
         logger.warning("out of memory at step %d; going on with chunks of %d items", state.step + 1, state.chunk_size)

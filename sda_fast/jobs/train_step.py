@@ -32,12 +32,14 @@ class ContrastiveStep:
         loss: ([B, D], [B, D]) -> scalar.
         reduce_to: width of the vectors that the loss sees, by bucket means; None: the model's own.
         tower: makes the features that the batch lacks, before anything is encoded.
+        across_ranks: as in `cached_contrastive_step`; for batches in chunks.
     """
 
     lvlm: LVLM
     loss: LossFunction
     reduce_to: int | None
     tower: Tower
+    across_ranks: bool = False
 
     def __call__(self, batch: Batch) -> Tensor:
         """The batch's loss, detached. In chunks if the batch is cut into them, to rounding the same either way."""
@@ -47,7 +49,13 @@ class ContrastiveStep:
 
         self.tower.complete(batch.images.chunks)
         if batch.chunk_size is not None:
-            return cached_contrastive_step(self.encode, batch.images.chunks, batch.texts.chunks, loss_in_batch_order)
+            return cached_contrastive_step(
+                self.encode,
+                batch.images.chunks,
+                batch.texts.chunks,
+                loss_in_batch_order,
+                across_ranks=self.across_ranks,
+            )
         images = torch.cat([self.encode(chunk, "image") for chunk in batch.images.chunks])
         texts = torch.cat([self.encode(chunk, "text") for chunk in batch.texts.chunks])
         loss = loss_in_batch_order(images, texts)

@@ -15,14 +15,24 @@ from sda_fast.jobs.run_log import read_log
 from sda_fast.train import ConfigMismatchError, finetune
 
 RUN_JOBS = """
-import json, sys
+import json, os, sys
 import torch
 torch.set_num_threads(1)
 from sda_fast.embed import EmbedConfig, embed
+from sda_fast.jobs import train_step
 from sda_fast.train import FinetuneConfig, finetune
+
+encode = train_step.encode
+
+def encode_one_at_a_time(lvlm, tensors, *arguments, **options):
+    if len(tensors["input_ids"]) > 1 and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return encode(lvlm, tensors, *arguments, **options)
+
 embed(EmbedConfig(**json.loads(sys.argv[1])))
-for settings in sys.argv[2:]:
-    finetune(FinetuneConfig(**json.loads(settings)))
+for settings in map(json.loads, sys.argv[2:]):
+    train_step.encode = encode_one_at_a_time if settings["output"].endswith("scarce") else encode
+    finetune(FinetuneConfig(**settings))
 """
 
 
@@ -33,6 +43,7 @@ def test_two_processes_give_what_one_does_with_an_uneven_batch(small_world, fine
     }  # fmt: skip
     common = {"batch_size": 7, "steps": 3, "lora_dropout": 0.0, "learning_rate": 1e-3}
     runs = {"chunked": {**common, "chunk_size": 2}, "infonce": {**common, "loss": "infonce"}}
+    runs["scarce"] = {**common, "chunk_size": 3}
     together = {name: finetune_config(output=tmp_path / name, **settings) for name, settings in runs.items()}
 
     script = tmp_path / "jobs.py"
@@ -41,6 +52,8 @@ def test_two_processes_give_what_one_does_with_an_uneven_batch(small_world, fine
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     done = subprocess.run([*command, *map(json.dumps, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+    assert "out of memory at step 1; going on with chunks of 1 items" in done.stderr
 
     two = read_item_vectors(tmp_path / "two.safetensors")
     one = read_item_vectors(embed(EmbedConfig(**embedding, output=tmp_path / "one.safetensors")))
