@@ -43,7 +43,7 @@ Record = dict[str, Any]
 def run(config: Any) -> str:
     """Measure, write the device's results file after every case, and return the table as text; see `BenchConfig`.
 
-    Records of other cases that the file has from the same device and versions stay in it.
+    Records that the file has from the same device and versions stay in it until they are measured again.
     """
     device = torch.device(chosen_device(config.device))
     path = config.output / f"cmsa-{slug(device_name(device)) if device.type == 'cuda' else 'cpu'}.json"
@@ -59,12 +59,15 @@ def run(config: Any) -> str:
     started = time.perf_counter()
     for case, method in tqdm(todo, unit="case", desc="cmsa", disable=None):
         logger.info("%s: %s", case, method)
-        if time.perf_counter() - started > config.limit:
-            found: Record = {"reason": "not measured: out of time"}
+        record = described(case, method) | {"command": config.invocation}
+        others = without(record, document["records"])
+        if time.perf_counter() - started <= config.limit:
+            record |= measured(case, method, device, config.seconds, document["records"])
+        elif len(others) < len(document["records"]):
+            continue
         else:
-            found = measured(case, method, device, config.seconds, document["records"])
-        record = described(case, method) | {"command": config.invocation} | found
-        document["records"] = with_ratios([*without(record, document["records"]), record])
+            record["reason"] = "not measured: out of time"
+        document["records"] = with_ratios([*others, record])
         write_json_atomic(path, document)
     return cmsa_tables.as_text(document)
 
