@@ -15,7 +15,8 @@ from sda_fast.kernels import moda_naive as naive
 from sda_fast.kernels.moda_backward import dx_pass, dy_pass
 from sda_fast.kernels.moda_forward import expand_add, project
 from sda_fast.kernels.moda_gemm import gated_linear
-from sda_fast.kernels.nf4 import decode_4bit, small_linear_4bit
+from sda_fast.kernels.nf4 import decode_4bit
+from sda_fast.kernels.nf4_linear import small_linear_4bit
 from sda_fast.kernels.philox import dropout_scale
 from sda_fast.ops.dropout import keep_mask
 

@@ -21,7 +21,8 @@ import check_kernels
 from sda_fast.kernels.moda_backward import dx_pass, dy_pass
 from sda_fast.kernels.moda_forward import expand_add, project
 from sda_fast.kernels.moda_gemm import gated_linear
-from sda_fast.kernels.nf4 import decode_4bit, small_linear_4bit
+from sda_fast.kernels.nf4 import decode_4bit
+from sda_fast.kernels.nf4_linear import small_linear_4bit
 
 SCALING, DTYPE, EXPERTS, BLOCKSIZE = 4.0, torch.bfloat16, 8, 64
 

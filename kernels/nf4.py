@@ -1,4 +1,4 @@
-"""bitsandbytes 4-bit weights in kernels: decoding, decoding with a MoDA update folded in, and small products.
+"""bitsandbytes 4-bit weights in kernels: decoding, and decoding with a MoDA update folded in.
 
 Layout: codes row-major over the flattened [N, K] matrix, two to a byte, the high nibble first; a block of `blocksize`
 elements of the flattened matrix shares one scale, so blocks may straddle rows and the last may be partial. Scales are
@@ -14,14 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from sda_fast.kernels.configs import padded_rank, programs_wanted, rank_block
-from sda_fast.kernels.gating import load_gated
+from sda_fast.kernels.configs import padded_rank, rank_block
 from sda_fast.kernels.moda_forward import row_stride
 
 # How a tile of the weight lies on blocks and bytes.
 ALIGNED, EVEN, ODD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-LARGEST_SMALL_M = 64
-FINISH_COLUMNS = 32
 
 
 @triton.jit
@@ -173,136 +170,6 @@ def decode_kernel(
     tl.store(weight_ptr + index, weight.to(weight_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def small_product_kernel(
-    x_ptr,
-    data_ptr,
-    absmax_ptr,
-    code_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
-    offset_ptr,
-    parts_ptr,
-    M,
-    N,
-    K,
-    elements,
-    stride_x_row,
-    blocks_per_split,
-    BLOCKSIZE: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr,
-    PLACEMENT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One part of x W^T: the sum over this program's share of K, float32 [splits, M, N]."""
-    rows = tl.arange(0, BLOCK_M)
-    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    x_row_ptrs = x_ptr + rows.to(tl.int64)[None, :] * stride_x_row
-    table = tl.load(code_ptr + tl.arange(0, 16)).to(tl.float32)
-    accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    first_block = split * blocks_per_split
-    for block in range(first_block, tl.minimum(first_block + blocks_per_split, tl.cdiv(K, BLOCK_K))):
-        first_column = block * BLOCK_K
-        columns = first_column + tl.arange(0, BLOCK_K)
-        x = tl.load(x_row_ptrs + columns[:, None], mask=(rows < M)[None, :] & (columns < K)[:, None], other=0.0)
-        weight = decode_tile(
-            data_ptr,
-            absmax_ptr,
-            table,
-            nested_absmax_ptr,
-            nested_code_ptr,
-            offset_ptr,
-            outputs,
-            first_column,
-            N,
-            K,
-            elements,
-            BLOCKSIZE,
-            NESTED_BLOCKSIZE,
-            PLACEMENT,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        # Columns beyond K are zero in x, and the decoded weight is finite everywhere.
-        accumulator = tl.dot(weight.to(x.dtype), x, accumulator, input_precision="tf32x3")
-    parts_ptrs = parts_ptr + (split.to(tl.int64) * M + rows)[None, :] * N + outputs[:, None]
-    tl.store(parts_ptrs, accumulator, mask=(rows < M)[None, :] & (outputs < N)[:, None])
-
-
-@triton.jit
-def finish_product_kernel(
-    parts_ptr,
-    bias_ptr,
-    h_ptr,
-    lora_B_ptr,
-    gates_ptr,
-    modality_ids_ptr,
-    y_ptr,
-    M,
-    N,
-    R,
-    splits,
-    stride_part,
-    stride_h_row,
-    stride_B_row,
-    stride_gates_row,
-    stride_y_row,
-    rows_per_sequence,
-    rank_per_expert,
-    scaling,
-    HAS_BIAS: tl.constexpr,
-    HAS_LORA: tl.constexpr,
-    GATE_PER_ROW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PADDED_R: tl.constexpr,
-):
-    """Add up the parts, the bias and (h * G) B^T, and round once."""
-    rows = tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < M
-    column_mask = columns < N
-    mask = row_mask[:, None] & column_mask[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    parts_ptrs = parts_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    for _ in range(splits):
-        total += tl.load(parts_ptrs, mask=mask, other=0.0)
-        parts_ptrs += stride_part
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    if HAS_LORA:
-        for first_rank in tl.range(0, PADDED_R, BLOCK_R, num_stages=1):
-            ranks = first_rank + tl.arange(0, BLOCK_R)
-            gated = load_gated(
-                h_ptr,
-                gates_ptr,
-                modality_ids_ptr,
-                rows,
-                row_mask,
-                first_rank,
-                R,
-                stride_h_row,
-                stride_gates_row,
-                rows_per_sequence,
-                rank_per_expert,
-                scaling,
-                GATE_PER_ROW,
-                BLOCK_R,
-            )
-            lora_B = tl.load(
-                lora_B_ptr + columns.to(tl.int64)[None, :] * stride_B_row + ranks[:, None],
-                mask=column_mask[None, :] & (ranks < R)[:, None],
-                other=0.0,
-            )
-            total = tl.dot(gated, lora_B.to(tl.float32), total, input_precision="tf32x3")
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y_row + columns[None, :]
-    tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
-
-
 def placement_of(columns: int, blocksize: int) -> int:
     """ALIGNED if every row starts a block, EVEN if every row starts a byte, else ODD."""
     if columns % blocksize == 0:
@@ -315,12 +182,6 @@ def decode_blocks(rank: int, placement: int) -> tuple[int, int, int]:
     if rank == 0:
         return 8, 512, 4
     return 64, 64, 8 if placement == ODD.value else 4
-
-
-def small_product_blocks(M: int, element_size: int) -> tuple[int, int, int]:
-    """Rows, outputs and inputs that a program of the small product works on at a time."""
-    outputs, inputs = (64, 128) if element_size == 2 else (32, 32)
-    return max(16, triton.next_power_of_2(M)), outputs, inputs
 
 
 def unpack_statistics(statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
@@ -403,103 +264,3 @@ def decode_4bit(
         enable_fp_fusion=False,
     )
     return weight
-
-
-def small_linear_4bit(
-    x: torch.Tensor,
-    data: torch.Tensor,
-    statistics: Sequence[torch.Tensor],
-    out_features: int,
-    blocksize: int,
-    nested_blocksize: int = 0,
-    *,
-    bias: torch.Tensor | None = None,
-    h: torch.Tensor | None = None,
-    lora_B: torch.Tensor | None = None,
-    gates: torch.Tensor | None = None,
-    modality_ids: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    rows_per_sequence: int = 1,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """y = x W^T + bias + (h * G) B^T for few rows, with W decoded on the way to the tensor cores.
-
-    Args:
-        x: [M, K], M at most 64, float32, float16 or bfloat16, unit column stride; rows may be strided.
-        data, statistics, blocksize, nested_blocksize: as in `decode_4bit`; the weight is [out_features, K].
-        bias: [N] or None.
-        h, lora_B, gates, modality_ids, scaling, rows_per_sequence: as in `expand_add`; h is None for the
-            frozen layer alone.
-        out: [M, N], dtype of x, unit column stride; allocated if absent.
-    Returns:
-        y, [M, N], dtype of x.
-    Raises:
-        ValueError: M exceeds 64.
-    """
-    (M, K), N = x.shape, out_features
-    if M > LARGEST_SMALL_M:
-        raise ValueError(f"x has {M} rows, the small product takes at most {LARGEST_SMALL_M}")
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device) if out is None else out
-    if M == 0 or N == 0:
-        return y
-    block_m, block_n, block_k = small_product_blocks(M, x.element_size())
-    blocks_of_columns = triton.cdiv(K, block_k)
-    splits = max(1, min(programs_wanted(x.device) // triton.cdiv(N, block_n), blocks_of_columns // 2))
-    blocks_per_split = triton.cdiv(blocks_of_columns, splits)
-    splits = triton.cdiv(blocks_of_columns, blocks_per_split)
-    parts = torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
-    small_product_kernel[(triton.cdiv(N, block_n), splits)](
-        x,
-        data,
-        *unpack_statistics(statistics),
-        parts,
-        M,
-        N,
-        K,
-        N * K,
-        x.stride(0),
-        blocks_per_split,
-        BLOCKSIZE=blocksize,
-        NESTED_BLOCKSIZE=nested_blocksize,
-        PLACEMENT=placement_of(K, blocksize),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=4,
-        num_stages=3,
-        enable_fp_fusion=True,
-    )
-    R = 0 if h is None else h.shape[1]
-    rank_per_expert = 1 if gates is None or R == 0 else R // gates.shape[1]
-    finish_product_kernel[(triton.cdiv(N, FINISH_COLUMNS),)](
-        parts,
-        bias,
-        h,
-        lora_B,
-        gates,
-        modality_ids,
-        y,
-        M,
-        N,
-        R,
-        splits,
-        M * N,
-        row_stride(h),
-        row_stride(lora_B),
-        row_stride(gates),
-        y.stride(0),
-        rows_per_sequence,
-        rank_per_expert,
-        scaling,
-        HAS_BIAS=bias is not None,
-        HAS_LORA=R > 0,
-        GATE_PER_ROW=modality_ids is None,
-        BLOCK_M=block_m,
-        BLOCK_N=FINISH_COLUMNS,
-        BLOCK_R=rank_block(torch.float32, R),
-        PADDED_R=padded_rank(R),
-        num_warps=4,
-        num_stages=1,
-        enable_fp_fusion=True,
-    )
-    return y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sda_fast.kernels import nf4
+from sda_fast.kernels import nf4, nf4_linear
 from sda_fast.kernels.configs import padded_rank, rank_block
 from sda_fast.kernels.gate import KernelVariant
 
@@ -67,12 +67,12 @@ def decode(nested: bool, rank: int = 0, placement: int = nf4.ALIGNED.value) -> K
 
 def small_product(type_name: str, M: int, nested: bool) -> KernelVariant:
     signature, constexprs = _statistics(nested)
-    block_m, block_n, block_k = nf4.small_product_blocks(M, 4 if type_name == "fp32" else 2)
+    block_m, block_n, block_k = nf4_linear.small_product_blocks(M, 4 if type_name == "fp32" else 2)
     splits = min(264 // (N // block_n), K // block_k // 2)
     floor = _weight_bytes(nested) + 2 * M * (N + K)
     return KernelVariant(
         name=f"small product {type_name} M={M}" + " nested" * nested,
-        kernel=nf4.small_product_kernel,
+        kernel=nf4_linear.small_product_kernel,
         signature={
             **signature,
             "x_ptr": f"*{type_name}",
@@ -98,12 +98,12 @@ def small_product(type_name: str, M: int, nested: bool) -> KernelVariant:
 
 
 def finish_product(M: int, rank: int) -> KernelVariant:
-    block_m, _, _ = nf4.small_product_blocks(M, 2)
+    block_m, _, _ = nf4_linear.small_product_blocks(M, 2)
     integers = ("M", "N", "R", "splits", "stride_part", "stride_h_row", "stride_B_row", "stride_gates_row")
     floor = 4 * 4 * M * N + 2 * M * N + 4 * rank * (N + M)
     return KernelVariant(
         name=f"finish small product bf16 M={M} R={rank}",
-        kernel=nf4.finish_product_kernel,
+        kernel=nf4_linear.finish_product_kernel,
         signature={
             "parts_ptr": "*fp32",
             "bias_ptr": "*bf16",
@@ -120,7 +120,7 @@ def finish_product(M: int, rank: int) -> KernelVariant:
             "HAS_LORA": True,
             "GATE_PER_ROW": False,
             "BLOCK_M": block_m,
-            "BLOCK_N": nf4.FINISH_COLUMNS,
+            "BLOCK_N": nf4_linear.FINISH_COLUMNS,
             "BLOCK_R": rank_block(torch.float32, rank),
             "PADDED_R": padded_rank(rank),
         },

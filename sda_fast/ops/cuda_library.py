@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 LIBRARY_PATH = Path(__file__).with_name("libsda_fast_cuda.so")
 OPERATIONS = ("decode_4bit", "decode_fold_4bit", "linear_4bit")
-LARGEST_SMALL_M = 64
 # The code is rounded to 16 bits as code * multiplier, and the multiplier divided out of the float32 sum: those of NF4
 # leave the least rounding error of its 16 values, less than half of a decoded weight's; FP4 becomes exact.
 CODE_MULTIPLIERS = {

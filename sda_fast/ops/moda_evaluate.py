@@ -94,7 +94,7 @@ def small_output(member: Member, x: Tensor, h: Tensor, use_library: bool) -> Ten
         update = (h, lora_B, member.gates[0], member.scaling)
         return cuda_library.linear(x, layout, member.weight, member.statistics, bias, *update)
     from sda_fast.kernels.moda_forward import with_unit_columns
-    from sda_fast.kernels.nf4 import small_linear_4bit
+    from sda_fast.kernels.nf4_linear import small_linear_4bit
 
     return small_linear_4bit(
         with_unit_columns(x),

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sda_fast.kernels import moda_naive as naive
-from sda_fast.kernels.nf4 import decode_4bit, small_linear_4bit
+from sda_fast.kernels import nf4_linear
+from sda_fast.kernels.nf4 import decode_4bit
+from sda_fast.kernels.nf4_linear import small_linear_4bit
 
 functional = pytest.importorskip("bitsandbytes").functional
 
@@ -122,6 +124,34 @@ def test_small_product_is_as_good_as_pytorch(M, shape, layout):
         allowed = 1.05 * torch.linalg.norm(plain.double() - truth) + 8 * eps * torch.linalg.norm(truth)
         few_and_bounded = y.numel() <= 64 and (error <= (3 * torch.finfo(dtype).eps / 2 + 8 * eps) * terms).all()
         assert torch.linalg.norm(error) <= allowed or few_and_bounded
+
+
+@pytest.mark.parametrize("M", [1, 40])
+@pytest.mark.parametrize("blocksize", [32, 256])
+def test_small_product_adds_its_parts_of_k_to_the_whole(M, blocksize, monkeypatch):
+    N, K, R, E = 33, 1280, 24, 8
+    data, statistics, nested_blocksize, exact, _ = quantize((N, K), blocksize, nested=True)
+    x, bias = torch.randn(M, K, device=DEVICE), torch.randn(N, device=DEVICE)
+    h, lora_B = torch.randn(M, R, device=DEVICE), torch.randn(N, R, device=DEVICE) * 0.1
+    gates = torch.rand(1, E, device=DEVICE)
+    options = {"bias": bias, "h": h, "lora_B": lora_B, "gates": gates, "scaling": SCALING, "rows_per_sequence": M}
+    options["modality_ids"] = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    parts = []
+    empty = torch.empty
+    monkeypatch.setattr(nf4_linear.torch, "empty", lambda *shape, **o: (parts.append(shape), empty(*shape, **o))[1])
+    results = []
+    for programs in (1, 6, 64, 64):
+        monkeypatch.setattr(nf4_linear, "programs_wanted", lambda device, programs=programs: programs)
+        out = poisoned(M, N)
+        results.append(small_linear_4bit(x, data, statistics, N, blocksize, nested_blocksize, out=out, **options))
+    splits = [shape[0] for shape in parts if len(shape) == 3]
+    assert splits[0] == 1 < splits[1] < splits[2] == splits[3]
+    assert torch.equal(results[2], results[3])
+    gate = naive.naive_gate(gates, options["modality_ids"], SCALING, M, R, M)
+    doubles = [t.double() for t in (x, exact, bias, h, lora_B, gate)]
+    truth, terms = naive.naive_gated_linear(*doubles), naive.naive_gated_linear(*(t.abs() for t in doubles))
+    for y in results:
+        assert ((y.double() - truth).abs() <= (K + R + 4) * torch.finfo(torch.float32).eps * terms).all()
 
 
 def test_small_product_refuses_many_rows():
