@@ -72,9 +72,9 @@ def measurements(config: Any, device: torch.device, bandwidth: float) -> Iterato
     for name in LAYERS:
         if device.type == "cuda" or not config.quick or name in ("q, o", "k, v"):
             yield "decode", name, partial(measure_decode, name, device, seconds, bandwidth)
-    for size, sequences, tokens in layer_cases(device, quick=config.quick):
-        name = f"{size}, {sequences} x {tokens} tokens"
-        yield "decoder layer", name, partial(measure_layer, size, sequences, tokens, device, seconds)
     yield "embedding", "a catalogue", partial(measure_catalogue, device, 2 * seconds, quick=config.quick)
     for name, rows in product_cases(device, quick=config.quick):
         yield "product", f"{name}, M={rows}", partial(measure_product, name, rows, device, seconds)
+    for size, sequences, tokens in layer_cases(device, quick=config.quick):
+        name = f"{size}, {sequences} x {tokens} tokens"
+        yield "decoder layer", name, partial(measure_layer, size, sequences, tokens, device, seconds)

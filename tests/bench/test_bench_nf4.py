@@ -145,6 +145,15 @@ def test_the_cases_cover_what_they_promise(bench: SimpleNamespace) -> None:
     assert {size for size, _, _ in bench.decoder_layer.layer_cases(CPU, quick=False)} == set(bench.decoder_layer.SIZES)
 
 
+@pytest.mark.parametrize(("module", "page"), [("tables", "performance.md"), ("nf4_tables", "nf4.md")])
+def test_the_pages_tables_are_those_of_the_results_files(module: str, page: str, tmp_path: Path, bench) -> None:
+    written = bench_folder().parent / "docs" / page
+    again = tmp_path / page
+    again.write_text(written.read_text(encoding="utf-8"), encoding="utf-8")
+    importlib.import_module(module).update_page(again, bench_folder() / "results")
+    assert again.read_text(encoding="utf-8") == written.read_text(encoding="utf-8")
+
+
 def test_the_copies_of_a_model_share_their_tensors_and_not_their_modules(bench: SimpleNamespace) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     lvlm = SimpleNamespace(model=model, processor=None, family=None, name="")
