@@ -22,6 +22,7 @@ MODULES = {
     "layer": ("layers", "tables"),
     "nf4": ("nf4_run", "nf4_tables"),
     "cmsa": ("cmsa_bench", "cmsa_tables"),
+    "cached": ("cached_bench", "cached_tables"),
 }
 
 
@@ -29,9 +30,9 @@ MODULES = {
 class BenchConfig:
     """What `sda-fast bench` measures and where its results go."""
 
-    what: Literal["layer", "nf4", "cmsa"] = setting(
+    what: Literal["layer", "nf4", "cmsa", "cached"] = setting(
         "layer", "layer: one adapted layer in training and evaluation; nf4: 4-bit decode and products, a decoder layer "
-        "in evaluation, embedding a catalogue; cmsa: the contrastive losses"
+        "in evaluation, embedding a catalogue; cmsa: the contrastive losses; cached: the contrastive step in chunks"
     )  # fmt: skip
     tune: bool = setting(
         False, "measure the ways of computing a layer instead, and write the table that chooses among them here"
@@ -40,10 +41,12 @@ class BenchConfig:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to measure; auto takes a GPU if there is one")
     layers: tuple[str, ...] = setting((), "only these layers: q, up, down, k (of Qwen2.5-VL-7B), medium or small")
     methods: tuple[str, ...] = setting((), 'only these methods, for example MoDA "frozen layer" "PEFT LoRA"')
-    items: tuple[int, ...] = setting((), "cmsa: only these batch sizes")
+    items: tuple[int, ...] = setting((), "cmsa, cached: only these batch sizes")
     dimensions: tuple[int, ...] = setting((), "cmsa: only vectors of these lengths")
     shapes: tuple[str, ...] = setting((), "with --tune: only these layers, outputs x inputs, such as 3584x18944")
-    seconds: float | None = setting(None, "how long each case is timed per pass (default: 4; nf4, cmsa 2; --tune 0.5)")
+    seconds: float | None = setting(
+        None, "how long each case is timed per pass (default: 4; nf4, cmsa, cached 2; --tune 0.5)"
+    )
     compile_cases: int | None = setting(
         None, "compile the baseline under torch.compile for so many cases (default: all)"
     )
@@ -60,7 +63,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         if self.seconds is None:
-            self.seconds = 0.5 if self.tune else {"layer": 4.0, "nf4": 2.0, "cmsa": 2.0}[self.what]
+            self.seconds = 0.5 if self.tune else {"layer": 4.0, "nf4": 2.0, "cmsa": 2.0, "cached": 2.0}[self.what]
         if self.seconds <= 0 or self.limit < 0:
             raise ValueError(f"seconds must be positive and limit not negative, got {self.seconds} and {self.limit}")
 
