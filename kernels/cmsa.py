@@ -29,7 +29,7 @@ class TileConfig:
 
 # (kernel, bytes per element): chosen by registers and shared memory of compiled code, not by timing
 CONFIGS: dict[tuple[str, int], TileConfig] = {
-    ("statistics", 2): TileConfig(64, 64, 64, 8, 3),
+    ("statistics", 2): TileConfig(64, 64, 32, 8, 3),
     ("statistics", 4): TileConfig(64, 32, 16, 8, 3),
     ("target_sums", 2): TileConfig(128, 64, 64, 8, 3),
     ("target_sums", 4): TileConfig(64, 64, 16, 8, 3),
