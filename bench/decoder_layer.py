@@ -132,12 +132,12 @@ def quantise_linears(model: nn.Module, device: torch.device | str) -> None:
             setattr(parent, name, packed.to(device))
 
 
-def randomise(model: nn.Module) -> None:
-    """Give every B a value, large enough for a wrong update to fail the check."""
+def randomise(model: nn.Module, std: float = 0.2) -> None:
+    """Give every B a value, so large that a wrong update fails the check: about a sixth of the weight with a gate."""
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 def peft_entry(layer: nn.Module, config: Any, x: Tensor, step: Any) -> Contestant | str:
@@ -150,8 +150,10 @@ def peft_entry(layer: nn.Module, config: Any, x: Tensor, step: Any) -> Contestan
         {name.rsplit(".", 1)[-1] for name, module in layer.named_modules() if hasattr(module, "in_features")}
     )
     layer.is_loaded_in_4bit = True  # type: ignore[assignment]
-    adapted = inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=32, target_modules=names), layer)
-    randomise(adapted)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        adapted = inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=32, target_modules=names), layer)
+    randomise(adapted, std=0.2 / EXPERTS)  # no gate divides it
     adapted.eval()
     return Contestant(partial(step, adapted), *truths(adapted, config, x))
 
