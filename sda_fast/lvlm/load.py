@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,21 +109,32 @@ def load_lvlm(
     return LVLM(model, processor, family, str(name_or_path))
 
 
+@contextlib.contextmanager
+def transformers_bars(shown: bool) -> Iterator[None]:
+    """Inside, transformers draws its progress bars only if `shown`."""
+    from transformers.utils import logging as transformers_logging
+
+    drawn = transformers_logging.is_progress_bar_enabled()
+    if drawn and not shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            transformers_logging.enable_progress_bar()
+
+
 def _load_model(auto_class: Any, name_or_path: str | Path, options: dict[str, Any], progress: bool) -> Any:
     """`from_pretrained`, with weights that are missing an error and with silence about the language head."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    if not progress:
-        transformers_logging.disable_progress_bar()
     try:
-        model, report = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+        with transformers_bars(progress):
+            model, report = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
     if report["missing_keys"]:
         raise RuntimeError(f"{name_or_path} lacks the weights {_some(report['missing_keys'])}")
     unexpected = [name for name in report["unexpected_keys"] if "lm_head." not in name]

@@ -17,7 +17,7 @@ import torch
 
 from sda_fast.data.items import Catalogue, read_items
 from sda_fast.lvlm.family import family_of
-from sda_fast.lvlm.load import LVLM
+from sda_fast.lvlm.load import LVLM, transformers_bars
 from sda_fast.lvlm.pretraining import PretrainingLosses, pretrain
 from sda_fast.lvlm.processor import prepare_tokenizer, without_video
 from sda_fast.lvlm.prompts import PromptConfig, attribute_text
@@ -143,7 +143,8 @@ def build_tiny_lvlm(
         )
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.eval().save_pretrained(partial)
+    with transformers_bars(shown=False):
+        model.eval().save_pretrained(partial)
     processor.save_pretrained(partial)
     _write_card(partial, model, losses, len(items), time.monotonic() - started)
     if folder.exists():

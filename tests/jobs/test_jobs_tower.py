@@ -213,6 +213,9 @@ def test_bitsandbytes_optimisers_are_made_for_a_gpu(finetune_config, monkeypatch
         assert made.param_groups[0]["lr"] == 3e-3 and made.param_groups[0]["betas"] == (0.9, 0.999)
 
 
-def test_without_progress_nothing_is_drawn(finetune_config, capfd):
+def test_bars_are_drawn_if_and_only_if_progress_is_wanted(finetune_config, embed_config, tmp_path, capfd):
     finetune(finetune_config(steps=1))
-    assert "Loading weights" not in capfd.readouterr().err
+    embed(embed_config())
+    assert "it/s]" not in capfd.readouterr().err
+    finetune(finetune_config(output=tmp_path / "shown", steps=1, progress=True))
+    assert "Loading weights" in capfd.readouterr().err

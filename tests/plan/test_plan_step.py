@@ -128,3 +128,63 @@ def test_lengths_come_from_the_items_by_the_model_s_own_processor_or_are_estimat
     chosen = {"text_tokens": None, "image_tokens": None}
     estimated = estimated_lengths(read_config(model), items, PromptConfig(), options, **chosen)
     assert estimated.grid == (2, 2) and "4 characters a token" in estimated.source
+
+
+def planned(model, **changes):
+    from sda_fast.plan import PlanConfig, plan
+
+    settings = {"text_tokens": 40, "image_tokens": 16, "batch_size": 8, "chunk_sizes": (8,), "search": False}
+    return plan(PlanConfig(model=str(model), **{**settings, **changes})).lines[0]
+
+
+@pytest.fixture(scope="module")
+def wide_tower(tmp_path_factory):
+    """config.json of a Qwen2.5-VL whose tower is what takes the memory."""
+    import json
+
+    from sda_fast.planning.model import preset_configs
+
+    config = preset_configs()["Qwen/Qwen2.5-VL-7B-Instruct"].to_dict()
+    config["text_config"] |= {
+        "hidden_size": 128, "intermediate_size": 8192, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 152064, "layer_types": ["full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+    }  # fmt: skip
+    config["vision_config"] |= {
+        "depth": 2, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 128,
+        "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("wide") / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_fewer_pictures_at_a_time_lower_the_peak_and_not_the_work(wide_tower):
+    at_once, alone = (planned(wide_tower, tower_batch=size, image_tokens=144) for size in (8, 1))
+    assert alone.peak < at_once.peak and alone.parts["weights"] == at_once.parts["weights"]
+    assert alone.flops == pytest.approx(at_once.flops, rel=1e-3)
+
+
+def test_with_the_tower_cached_its_work_goes_and_parked_its_weights_too(wide_tower):
+    from transformers import AutoModel
+
+    from sda_fast.lvlm.load import read_config
+
+    runs, cached = planned(wide_tower, tower_batch=1), planned(wide_tower, tower_cached=True)
+    parked = planned(wide_tower, tower_cached=True, tower_offload=True)
+    visits = planned(wide_tower, tower_batch=1, tower_offload=True)
+    with torch.device("meta"):
+        tower = AutoModel.from_config(read_config(wide_tower.parent)).visual
+    size = sum(2 * one.numel() for one in tower.parameters())
+    assert cached.flops < 0.9 * runs.flops and cached.parts["weights"] == runs.parts["weights"]
+    assert cached.parts["weights"] - parked.parts["weights"] == pytest.approx(size, rel=0.01)
+    assert parked.flops == cached.flops and visits.flops == runs.flops
+    assert parked.peak < visits.peak <= runs.peak
+
+
+def test_nested_statistics_and_the_dtype_show_in_the_weights(wide_tower):
+    nested, plain = planned(wide_tower), planned(wide_tower, double_quant=False)
+    # Three linears of 8192 x 128 with a scale of one byte, or four, per 64 elements; attention's are small.
+    more = plain.parts["weights"] - nested.parts["weights"]
+    assert more == pytest.approx(3 * (3 * 8192 * 128 // 64), rel=0.2)
+    assert planned(wide_tower, precision="fp32").parts["weights"] > 1.5 * nested.parts["weights"]
