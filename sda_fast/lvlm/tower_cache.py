@@ -113,11 +113,14 @@ def tower_identity(lvlm: LVLM, options: ImageOptions) -> dict[str, Any]:
         weights.update(f"{name} {content.dtype} {tuple(content.shape)}\n".encode())
         weights.update(content.flatten().view(torch.uint8).numpy().data)
     processor = lvlm.processor.image_processor
+    # Where it was loaded from and by which version does not count.
+    tower = lvlm.model.config.vision_config.to_dict()
+    tower = {name: value for name, value in tower.items() if name[0] != "_" and name != "transformers_version"}
     return {
         "format": FORMAT,
         "family": lvlm.family.name,
         "weights": weights.hexdigest(),
-        "tower": plain(lvlm.model.config.vision_config.to_dict()),
+        "tower": plain(tower),
         "processor": plain({"class": type(processor).__name__, **processor.to_dict()}),
         "pixels": [options.min_pixels, options.max_pixels],
         "shown": plain(lvlm.family.image_options(lvlm.processor, options.min_pixels, options.max_pixels)),

@@ -39,10 +39,11 @@ for settings in map(json.loads, sys.argv[2:]):
 def test_two_processes_give_what_one_does_with_an_uneven_batch(small_world, finetune_config, tmp_path):
     embedding = {
         "model": str(small_world.model), "items": str(small_world.items), "device": "cpu", "max_pixels": 56 * 56,
-        "shard_items": 7, "batch_size": 4, "pca_dim": 4, "progress": False,
+        "shard_items": 7, "batch_size": 4, "pca_dim": 4, "progress": False, "tower_cache": str(tmp_path / "tower"),
     }  # fmt: skip
     common = {"batch_size": 7, "steps": 3, "lora_dropout": 0.0, "learning_rate": 1e-3}
-    runs = {"chunked": {**common, "chunk_size": 2}, "infonce": {**common, "loss": "infonce"}}
+    cached = {**common, "chunk_size": 2, "tower_cache": tmp_path / "tower"}
+    runs = {"chunked": cached, "infonce": {**common, "loss": "infonce"}}
     runs["scarce"] = {**common, "chunk_size": 3}
     together = {name: finetune_config(output=tmp_path / name, **settings) for name, settings in runs.items()}
 

@@ -281,3 +281,23 @@ def test_shards_are_written_as_they_fill(tmp_path, monkeypatch):
     for number in range(5):
         store.add(f"p{number}", {"features": torch.zeros(15)})
     assert len(list(tmp_path.glob("shard-*"))) == 2 and len(FeatureStore(tmp_path, "key")) == 4
+
+
+@families
+def test_groups_in_bf16_are_as_near_the_truth_as_pictures_alone(family_folder, items, model_type):
+    folder = family_folder(model_type)
+    half = load_lvlm(folder, quantization="none", dtype=torch.bfloat16, device="cpu", progress=False)
+    batch = collate_images(half, items)
+    exact = load_lvlm(folder, quantization="none", dtype=torch.bfloat16, device="cpu", progress=False)
+    exact.model.double()
+    truth = tower_features(exact, batch, group_size=1)
+
+    def error(group_size):
+        found = tower_features(half, batch, group_size=group_size)
+        squares = [(a[k].double() - b[k].double()).square().sum() for a, b in zip(found, truth, strict=True) for k in a]
+        return float(torch.stack(squares).sum().sqrt())
+
+    norm = float(torch.stack([one[k].double().square().sum() for one in truth for k in one]).sum().sqrt())
+    alone, together = error(1), error(len(items))
+    assert alone < 0.05 * norm
+    assert together < 1.1 * alone + 1e-6 * norm
