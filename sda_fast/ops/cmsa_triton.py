@@ -19,11 +19,12 @@ class TritonTiles:
         x, y: [B, D] image and text vectors, float32, float16 or bfloat16, any strides.
         temperature: scalar tensor; never looked at by the host.
         form: which loss.
-        block_size: rows of a visit, or 0 to choose them from `workspace_bytes`.
+        block_size: rows of a visit, or 0 to choose them: as many as `workspace_bytes` allows, yet so few that a large
+            batch is cut into `BLOCKS`, since a block against itself cannot be visited for both orders at once.
         workspace_bytes: bound of the three gradient tiles' memory; at least `MIN_ROWS` rows are taken.
     """
 
-    MIN_ROWS = 128
+    MIN_ROWS, MIN_ROWS_OF_BLOCKS, BLOCKS = 128, 512, 8
 
     def __init__(
         self, x: Tensor, y: Tensor, temperature: Tensor, form: Form, block_size: int, workspace_bytes: int
@@ -31,8 +32,11 @@ class TritonTiles:
         self.x, self.y, self.form = x, y, form
         self.temperature = temperature.float().contiguous()
         self._tile_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        rows_in_workspace = workspace_bytes // (3 * self._tile_dtype.itemsize * len(x))
-        self.block_size = block_size or max(self.MIN_ROWS, rows_in_workspace // self.MIN_ROWS * self.MIN_ROWS)
+        rows = min(
+            workspace_bytes // (3 * self._tile_dtype.itemsize * len(x)),
+            max(self.MIN_ROWS_OF_BLOCKS, len(x) // self.BLOCKS),
+        )
+        self.block_size = block_size or max(self.MIN_ROWS, rows // self.MIN_ROWS * self.MIN_ROWS)
         self._buffers: Tensor | None = None
 
     def columns_per_visit(self) -> int:

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from sda_fast import cmsa_loss, infonce_loss
+from sda_fast.ops import cmsa
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss, naive_infonce_loss
+from sda_fast.ops.cmsa_tiles import Form
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -133,6 +135,13 @@ def test_one_nan_makes_the_loss_nan(form):
     pairs[100, 2] = torch.nan
     ours = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, backend="triton", **form), pairs, torch.float32)
     assert ours[0].isnan() and ours[1].isnan().any() and ours[2].isnan()
+
+
+@pytest.mark.parametrize(("items", "rows"), [(100, 512), (4000, 512), (8192, 1024), (65536, 640)])
+def test_blocks_are_small_beside_the_batch_and_fit_the_workspace(items, rows):
+    x, temperature = torch.empty(items, 8, device=DEVICE), torch.ones((), device=DEVICE)
+    tiles = cmsa.make_tiles(x, x, temperature, Form(True, False), "triton", 0, 512 * 2**20)
+    assert tiles.block_size == rows and 3 * 4 * min(rows, items) * items <= 512 * 2**20
 
 
 def test_equal_runs_give_equal_bits():
