@@ -211,6 +211,7 @@ def plan(config: PlanConfig) -> Plan:
 
     lines = [step(size, config.gradient_checkpointing) for size in config.chunk_sizes]
     assumptions = [
+        f"the largest picture takes {lines[0].picture_bytes / 1e6:.2f} MB in a tower cache",
         f"lengths: {source.lengths.text} tokens in a text, {source.lengths.image} in an image sequence "
         f"({source.lengths.source}); time is for mean lengths, {source.lengths.text_share:.2f} and "
         f"{source.lengths.image_share:.2f} of these",

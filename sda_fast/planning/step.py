@@ -42,6 +42,7 @@ class StepPlan:
         kept: most bytes that autograd kept for backward between forward and backward.
         seconds: estimated, of a step of mean lengths; None without a card.
         flops: of such a step.
+        picture_bytes: that the largest picture takes in the tower cache.
     """
 
     batch_size: int
@@ -51,6 +52,7 @@ class StepPlan:
     kept: int
     seconds: float | None
     flops: float
+    picture_bytes: int
 
     @property
     def peak(self) -> int:
@@ -76,6 +78,12 @@ class PlannedTower(Tower):
     def place_weights(self, part: str) -> None:
         for tensor in self.lvlm.family.tower_tensors(self.lvlm.model).values():
             self.ledger.retag(tensor, part)
+
+    @property
+    def picture_bytes(self) -> int:
+        """Bytes of the largest picture's features."""
+        pictures = [one for group in self._made.values() for one in group]
+        return max(sum(part.nbytes for part in one.values()) for one in pictures)
 
     def complete(self, chunks: Iterable[Chunk]) -> None:
         """Features of the first chunk; the others are like it."""
@@ -231,6 +239,7 @@ def plan_step(
         max(step.kept),
         summed(ledger.seconds, step.runs + tower.runs, shares) if card is not None else None,
         summed(ledger.flops, step.runs + tower.runs, shares),
+        tower.picture_bytes,
     )
 
 

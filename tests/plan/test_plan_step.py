@@ -180,6 +180,7 @@ def test_with_the_tower_cached_its_work_goes_and_parked_its_weights_too(wide_tow
     assert cached.parts["weights"] - parked.parts["weights"] == pytest.approx(size, rel=0.01)
     assert parked.flops == cached.flops and visits.flops == runs.flops
     assert parked.peak < visits.peak <= runs.peak
+    assert runs.picture_bytes == cached.picture_bytes == 16 * 128 * 2
 
 
 def test_nested_statistics_and_the_dtype_show_in_the_weights(wide_tower):
