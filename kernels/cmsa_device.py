@@ -23,6 +23,23 @@ def load_tile(ptr, items, item_mask, dimensions, D, stride_item, stride_dimensio
 
 
 @triton.jit
+def items_of_tile(AXIS: tl.constexpr, first, count, BLOCK: tl.constexpr):
+    """Along an axis of the grid: this program's block, its items from the span's first on, the same in the batch, and
+    which of them are in the span."""
+    block = tl.program_id(AXIS)
+    local = block * BLOCK + tl.arange(0, BLOCK)
+    return block, local, first + local, local < count
+
+
+@triton.jit
+def load_pair(ptrs, line, length, mask, AXIS: tl.constexpr):
+    """Lines `line` and `line` + 1 of an array of lines of `length`, the high and the low part, with a new axis."""
+    high = tl.load(ptrs + line * length, mask=mask, other=0.0)
+    low = tl.load(ptrs + (line + 1) * length, mask=mask, other=0.0)
+    return tl.expand_dims(high, AXIS), tl.expand_dims(low, AXIS)
+
+
+@triton.jit
 def product_tiles(
     x_ptr,
     y_ptr,
@@ -139,14 +156,8 @@ def statistics_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row_block = tl.program_id(0)
-    column_block = tl.program_id(1)
-    local_rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    local_columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = local_rows < rows_count
-    column_mask = local_columns < columns_count
-    rows = first_row + local_rows
-    columns = first_column + local_columns
+    row_block, local_rows, rows, row_mask = items_of_tile(0, first_row, rows_count, BLOCK_ROWS)
+    column_block, local_columns, columns, column_mask = items_of_tile(1, first_column, columns_count, BLOCK_COLUMNS)
     logits, transposed_logits, teacher = product_tiles(
         x_ptr,
         y_ptr,
@@ -237,14 +248,8 @@ def target_sums_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row_block = tl.program_id(0)
-    column_block = tl.program_id(1)
-    local_rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    local_columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = local_rows < rows_count
-    column_mask = local_columns < columns_count
-    rows = first_row + local_rows
-    columns = first_column + local_columns
+    row_block, local_rows, rows, row_mask = items_of_tile(0, first_row, rows_count, BLOCK_ROWS)
+    column_block, local_columns, columns, column_mask = items_of_tile(1, first_column, columns_count, BLOCK_COLUMNS)
     _, _, teacher = product_tiles(
         x_ptr,
         y_ptr,
@@ -267,12 +272,9 @@ def target_sums_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     row_vectors = vectors_ptr + rows
     column_vectors = vectors_ptr + columns
-    s_rows = tl.load(row_vectors, mask=row_mask, other=0.0)[:, None]
-    s_rows_low = tl.load(row_vectors + items_count, mask=row_mask, other=0.0)[:, None]
-    s_columns = tl.load(column_vectors, mask=column_mask, other=0.0)[None, :]
-    s_columns_low = tl.load(column_vectors + items_count, mask=column_mask, other=0.0)[None, :]
-    c_columns = tl.load(column_vectors + 2 * items_count, mask=column_mask, other=0.0)[None, :]
-    c_columns_low = tl.load(column_vectors + 3 * items_count, mask=column_mask, other=0.0)[None, :]
+    s_rows, s_rows_low = load_pair(row_vectors, 0, items_count, row_mask, 1)
+    s_columns, s_columns_low = load_pair(column_vectors, 0, items_count, column_mask, 0)
+    c_columns, c_columns_low = load_pair(column_vectors, 2, items_count, column_mask, 0)
     targets = tl.where(mask, tl.exp2(below(teacher, s_rows, s_rows_low, teacher_scale)), 0.0)
     transposed_targets = tl.where(mask, tl.exp2(below(teacher, s_columns, s_columns_low, teacher_scale)), 0.0)
     row_ptrs = for_rows_ptr + column_block.to(tl.int64) * 4 * rows_count + local_rows
@@ -281,8 +283,7 @@ def target_sums_kernel(
     tl.store(row_ptrs + 2 * rows_count, tl.sum(targets * c_columns, 1), mask=row_mask)
     tl.store(row_ptrs + 3 * rows_count, tl.sum(targets * c_columns_low, 1), mask=row_mask)
     if TWO_SIDED:
-        c_rows = tl.load(row_vectors + 2 * items_count, mask=row_mask, other=0.0)[:, None]
-        c_rows_low = tl.load(row_vectors + 3 * items_count, mask=row_mask, other=0.0)[:, None]
+        c_rows, c_rows_low = load_pair(row_vectors, 2, items_count, row_mask, 1)
         column_ptrs = for_columns_ptr + row_block.to(tl.int64) * 4 * columns_count + local_columns
         tl.store(column_ptrs, tl.sum(targets, 0), mask=column_mask)
         tl.store(column_ptrs + columns_count, tl.sum(transposed_targets, 0), mask=column_mask)
@@ -318,14 +319,8 @@ def gradients_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row_block = tl.program_id(0)
-    column_block = tl.program_id(1)
-    local_rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    local_columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = local_rows < rows_count
-    column_mask = local_columns < columns_count
-    rows = first_row + local_rows
-    columns = first_column + local_columns
+    row_block, local_rows, rows, row_mask = items_of_tile(0, first_row, rows_count, BLOCK_ROWS)
+    column_block, local_columns, columns, column_mask = items_of_tile(1, first_column, columns_count, BLOCK_COLUMNS)
     logits, transposed_logits, teacher = product_tiles(
         x_ptr,
         y_ptr,
@@ -351,14 +346,10 @@ def gradients_kernel(
 
     row_stats = statistics_ptr + rows
     column_stats = statistics_ptr + columns
-    r_rows = tl.load(row_stats, mask=row_mask, other=0.0)[:, None]
-    r_rows_low = tl.load(row_stats + items_count, mask=row_mask, other=0.0)[:, None]
-    r_columns = tl.load(column_stats, mask=column_mask, other=0.0)[None, :]
-    r_columns_low = tl.load(column_stats + items_count, mask=column_mask, other=0.0)[None, :]
-    c_rows = tl.load(row_stats + 2 * items_count, mask=row_mask, other=0.0)[:, None]
-    c_rows_low = tl.load(row_stats + 3 * items_count, mask=row_mask, other=0.0)[:, None]
-    c_columns = tl.load(column_stats + 2 * items_count, mask=column_mask, other=0.0)[None, :]
-    c_columns_low = tl.load(column_stats + 3 * items_count, mask=column_mask, other=0.0)[None, :]
+    r_rows, r_rows_low = load_pair(row_stats, 0, items_count, row_mask, 1)
+    r_columns, r_columns_low = load_pair(column_stats, 0, items_count, column_mask, 0)
+    c_rows, c_rows_low = load_pair(row_stats, 2, items_count, row_mask, 1)
+    c_columns, c_columns_low = load_pair(column_stats, 2, items_count, column_mask, 0)
     q_rows = tl.load(row_stats + 10 * items_count, mask=row_mask, other=0.0)[:, None]
     q_columns = tl.load(column_stats + 10 * items_count, mask=column_mask, other=0.0)[None, :]
     d_logits = tl.exp2(below(logits, r_rows, r_rows_low, logits_scale))
@@ -366,10 +357,8 @@ def gradients_kernel(
     d_transposed = tl.exp2(below(transposed_logits, r_columns, r_columns_low, logits_scale))
     d_transposed += q_rows * tl.exp2(below(transposed_logits, c_rows, c_rows_low, logits_scale))
     if SOFT:
-        s_rows = tl.load(row_stats + 4 * items_count, mask=row_mask, other=0.0)[:, None]
-        s_rows_low = tl.load(row_stats + 5 * items_count, mask=row_mask, other=0.0)[:, None]
-        s_columns = tl.load(column_stats + 4 * items_count, mask=column_mask, other=0.0)[None, :]
-        s_columns_low = tl.load(column_stats + 5 * items_count, mask=column_mask, other=0.0)[None, :]
+        s_rows, s_rows_low = load_pair(row_stats, 4, items_count, row_mask, 1)
+        s_columns, s_columns_low = load_pair(column_stats, 4, items_count, column_mask, 0)
         targets = tl.where(mask, tl.exp2(below(teacher, s_rows, s_rows_low, teacher_scale)), 0.0)
         transposed_targets = tl.where(mask, tl.exp2(below(teacher, s_columns, s_columns_low, teacher_scale)), 0.0)
         if ROW_NORMALIZED:
@@ -394,20 +383,16 @@ def gradients_kernel(
     tl.store(logits_gradient_ptr + tile_offsets, d_logits.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
     tl.store(transposed_gradient_ptr + tile_offsets, d_transposed.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
     if THROUGH_TEACHER:
-        h_rows = tl.load(row_stats + 6 * items_count, mask=row_mask, other=0.0)[:, None]
-        h_rows_low = tl.load(row_stats + 7 * items_count, mask=row_mask, other=0.0)[:, None]
-        h_columns = tl.load(column_stats + 6 * items_count, mask=column_mask, other=0.0)[None, :]
-        h_columns_low = tl.load(column_stats + 7 * items_count, mask=column_mask, other=0.0)[None, :]
+        h_rows, h_rows_low = load_pair(row_stats, 6, items_count, row_mask, 1)
+        h_columns, h_columns_low = load_pair(column_stats, 6, items_count, column_mask, 0)
         # differences come first: an item certain of its target gets exactly zero
         if ROW_NORMALIZED:
             both = logits + transposed_logits
             d_targets = (2.0 * h_rows - both) + 2.0 * h_rows_low
             d_transposed_targets = (2.0 * h_columns - both) + 2.0 * h_columns_low
         else:
-            t_rows = tl.load(row_stats + 8 * items_count, mask=row_mask, other=0.0)[:, None]
-            t_rows_low = tl.load(row_stats + 9 * items_count, mask=row_mask, other=0.0)[:, None]
-            t_columns = tl.load(column_stats + 8 * items_count, mask=column_mask, other=0.0)[None, :]
-            t_columns_low = tl.load(column_stats + 9 * items_count, mask=column_mask, other=0.0)[None, :]
+            t_rows, t_rows_low = load_pair(row_stats, 8, items_count, row_mask, 1)
+            t_columns, t_columns_low = load_pair(column_stats, 8, items_count, column_mask, 0)
             d_targets = (c_columns - t_rows) + (c_columns_low - t_rows_low)
             d_targets -= 2.0 * ((logits - h_rows) - h_rows_low)
             d_transposed_targets = (c_rows - t_columns) + (c_rows_low - t_columns_low)
