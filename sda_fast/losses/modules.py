@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,14 @@ class _ContrastiveLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float,
-        learnable: bool,
-        normalize: bool,
-        backend: Literal["auto", "torch", "triton"],
-        block_size: int | None,
-        workspace_bytes: int | None,
-        across_ranks: bool,
+        temperature: float = 3.0,
+        learnable: bool = True,
+        *,
+        normalize: bool = False,
+        backend: Literal["auto", "torch", "triton"] = "auto",
+        block_size: int | None = None,
+        workspace_bytes: int | None = None,
+        across_ranks: bool = False,
     ) -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):
@@ -45,6 +46,24 @@ class _ContrastiveLoss(nn.Module):
     def temperature(self) -> Tensor:
         """The temperature now: a positive scalar tensor, with gradient when it is learnable."""
         return self.log_temperature.float().exp()
+
+    def form(self) -> dict[str, Any]:
+        """The arguments of `cmsa_loss` that say which loss it is."""
+        raise NotImplementedError
+
+    def forward(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
+        """Image and text vectors [B, D] of one batch of items -> scalar float32 loss."""
+        loss = sharded_cmsa_loss if self.across_ranks else cmsa_loss
+        return loss(
+            image_embeddings,
+            text_embeddings,
+            self.temperature,
+            normalize=self.normalize,
+            backend=self.backend,
+            block_size=self.block_size,
+            workspace_bytes=self.workspace_bytes,
+            **self.form(),
+        )
 
     def extra_repr(self) -> str:
         learnable = isinstance(self.log_temperature, nn.Parameter)
@@ -77,24 +96,20 @@ class CMSALoss(_ContrastiveLoss):
         workspace_bytes: int | None = None,
         across_ranks: bool = False,
     ) -> None:
-        super().__init__(temperature, learnable, normalize, backend, block_size, workspace_bytes, across_ranks)
+        super().__init__(
+            temperature,
+            learnable,
+            normalize=normalize,
+            backend=backend,
+            block_size=block_size,
+            workspace_bytes=workspace_bytes,
+            across_ranks=across_ranks,
+        )
         self.detach_teacher = detach_teacher
         self.row_normalized_targets = row_normalized_targets
 
-    def forward(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
-        """Image and text vectors [B, D] of one batch of items -> scalar float32 loss."""
-        loss = sharded_cmsa_loss if self.across_ranks else cmsa_loss
-        return loss(
-            image_embeddings,
-            text_embeddings,
-            self.temperature,
-            detach_teacher=self.detach_teacher,
-            normalize=self.normalize,
-            row_normalized_targets=self.row_normalized_targets,
-            backend=self.backend,
-            block_size=self.block_size,
-            workspace_bytes=self.workspace_bytes,
-        )
+    def form(self) -> dict[str, Any]:
+        return {"detach_teacher": self.detach_teacher, "row_normalized_targets": self.row_normalized_targets}
 
 
 class InfoNCELoss(_ContrastiveLoss):
@@ -110,29 +125,5 @@ class InfoNCELoss(_ContrastiveLoss):
         ValueError: temperature is not positive and finite.
     """
 
-    def __init__(
-        self,
-        temperature: float = 3.0,
-        learnable: bool = True,
-        *,
-        normalize: bool = False,
-        backend: Literal["auto", "torch", "triton"] = "auto",
-        block_size: int | None = None,
-        workspace_bytes: int | None = None,
-        across_ranks: bool = False,
-    ) -> None:
-        super().__init__(temperature, learnable, normalize, backend, block_size, workspace_bytes, across_ranks)
-
-    def forward(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
-        """Image and text vectors [B, D] of one batch of items -> scalar float32 loss."""
-        loss = sharded_cmsa_loss if self.across_ranks else cmsa_loss
-        return loss(
-            image_embeddings,
-            text_embeddings,
-            self.temperature,
-            targets="hard",
-            normalize=self.normalize,
-            backend=self.backend,
-            block_size=self.block_size,
-            workspace_bytes=self.workspace_bytes,
-        )
+    def form(self) -> dict[str, Any]:
+        return {"targets": "hard"}
