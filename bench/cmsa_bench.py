@@ -66,7 +66,8 @@ def run(config: Any) -> str:
         elif len(others) < len(document["records"]):
             continue
         else:
-            record["reason"] = "not measured: out of time"
+            reason = reason_not_to_start(case, method, device, others)
+            record["reason"] = reason or "not measured: the time allowed for the run was over"
         document["records"] = with_ratios([*others, record])
         write_json_atomic(path, document)
     return cmsa_tables.as_text(document)

@@ -51,7 +51,7 @@ def test_a_run_writes_results_picture_and_page_and_a_second_one_adds_to_them(ben
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| 16 | ours |" in text
     run_bench(config(tmp_path / "results", "as in open_clip", items=(16,), limit=0.0))
     both = json.loads(path.read_text())["records"]
-    assert both[: len(first)] == first and both[-1]["reason"] == "not measured: out of time"
+    assert both[: len(first)] == first and both[-1]["reason"] == "not measured: the time allowed for the run was over"
 
 
 def test_too_much_memory_or_time_is_not_started(bench, monkeypatch: pytest.MonkeyPatch) -> None:
