@@ -27,6 +27,8 @@ ROWS = (1, 4, 16, 64, 256, 1024, 8192)
 DTYPE, RANK, EXPERTS = torch.bfloat16, 8, 8
 # Beyond this many operations one product takes a CPU's thread more than about a second.
 CPU_OPERATIONS = 4e10
+# torchao takes about a minute to make a larger weight on a CPU.
+TORCHAO_ELEMENTS = 2e7
 SIXTEEN, BITSANDBYTES, CHOSEN = "16-bit library product", "bitsandbytes", "MoDA, chosen here"
 
 
@@ -99,6 +101,8 @@ def torchao_entry(weight: Tensor, x: Tensor, allowed: float) -> Contestant | str
         from torchao.quantization import to_nf4
     except ImportError as error:
         return f"this torchao has no NF4: {error}"
+    if weight.device.type == "cpu" and weight.numel() > TORCHAO_ELEMENTS:
+        return f"not measured: on a CPU only weights of up to {TORCHAO_ELEMENTS:.0e} elements are made with torchao"
     packed = to_nf4(weight)
     truth = x.float() @ packed.get_original_weight().float().t()
     return Contestant(without_gradient(lambda: nn.functional.linear(x, packed)), truth, allowed)
