@@ -27,7 +27,7 @@ ROWS = (1, 4, 16, 64, 256, 1024, 8192)
 DTYPE, RANK, EXPERTS = torch.bfloat16, 8, 8
 # Beyond this many operations one product takes a CPU's thread more than about a second.
 CPU_OPERATIONS = 4e10
-# torchao takes about a minute to make a larger weight on a CPU.
+# Making a larger weight takes torchao longer on a CPU than measuring everything else.
 TORCHAO_ELEMENTS = 2e7
 SIXTEEN, BITSANDBYTES, CHOSEN = "16-bit library product", "bitsandbytes", "MoDA, chosen here"
 
