@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +58,7 @@ class BenchConfig:
     page: Path | None = setting(
         None, "rewrite the tables of this page, docs/performance.md, nf4.md or cmsa.md, from the results files"
     )
-    invocation: str = field(default="", metadata={"hidden": True})
+    invocation: str = field(default="run_bench(BenchConfig(...))", metadata={"hidden": True})
 
     def __post_init__(self) -> None:
         if self.seconds is None:
@@ -86,7 +85,6 @@ def bench_folder() -> Path:
 
 def run_bench(config: BenchConfig) -> str:
     """Tune, or measure case by case and write the results file, picture and page; returns what is to be shown."""
-    config = dataclasses.replace(config, invocation=config.invocation or shlex.join(["sda-fast", *sys.argv[1:]]))
     if config.tune:
         from sda_fast import tune
 

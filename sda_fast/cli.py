@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(command.module)
     try:
         config = config_from_arguments(getattr(module, command.config), arguments)
+        if hasattr(config, "invocation"):
+            config = dataclasses.replace(config, invocation=shlex.join(["sda-fast", *words]))
         result = getattr(module, command.function)(config)
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept and a second start continues from there", file=sys.stderr)
