@@ -22,6 +22,18 @@ finetune(FinetuneConfig(**json.loads(sys.argv[1])))
 """
 
 
+PAUSE_AFTER_STEPS = """
+import time
+from sda_fast.jobs.run_log import RunLog
+write = RunLog.write
+def write_and_pause(self, step, **values):
+    write(self, step, **values)
+    time.sleep(0.1)
+RunLog.write = write_and_pause
+"""
+"""So that the run is still at work when its log is seen to have grown, however busy the machine is."""
+
+
 @dataclass(frozen=True)
 class SmallWorld:
     """A model folder and a catalogue of 24 items whose last three lack a readable picture."""
@@ -74,7 +86,7 @@ def run_and_kill():
     """
 
     def run(config, condition, *, first="", timeout=120):
-        arguments = [sys.executable, "-c", first + RUN_FROM_JSON, json.dumps(config.as_json())]
+        arguments = [sys.executable, "-c", PAUSE_AFTER_STEPS + first + RUN_FROM_JSON, json.dumps(config.as_json())]
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + timeout
         while not condition():
