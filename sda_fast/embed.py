@@ -23,7 +23,6 @@ from sda_fast.jobs.checkpoint import file_sha256
 from sda_fast.jobs.embed_shards import EmbeddingShards, Shard
 from sda_fast.jobs.features import Tower
 from sda_fast.jobs.fingerprint import catalogue_fingerprint, digest, folder_fingerprint, versions
-from sda_fast.jobs.memory import is_out_of_memory
 from sda_fast.jobs.pca import fit_pca, read_pca, write_pca
 from sda_fast.jobs.sampler import length_buckets
 from sda_fast.jobs.train_config import (
@@ -34,6 +33,7 @@ from sda_fast.jobs.train_config import (
     TOWER_OFFLOAD_HELP,
 )
 from sda_fast.jobs.train_state import activation_dtype, chosen_device
+from sda_fast.losses.cached import is_out_of_memory
 from sda_fast.lvlm.collate import ImageOptions
 from sda_fast.lvlm.encode import encode
 from sda_fast.lvlm.load import LVLM, load_lvlm, read_config

@@ -22,7 +22,6 @@ from sda_fast.jobs.batches import Batch, BatchMaker, Prefetcher
 from sda_fast.jobs.checkpoint import newest_checkpoint
 from sda_fast.jobs.features import Tower
 from sda_fast.jobs.fingerprint import catalogue_fingerprint
-from sda_fast.jobs.memory import is_out_of_memory
 from sda_fast.jobs.run_log import RunLog, read_log
 from sda_fast.jobs.sampler import BatchOrder, rank_slice
 from sda_fast.jobs.train_config import FinetuneConfig, preset
@@ -33,7 +32,7 @@ from sda_fast.jobs.train_step import (
     loss_across_processes,
     training_mode,
 )
-from sda_fast.losses.cached import RandomState
+from sda_fast.losses.cached import RandomState, is_out_of_memory
 from sda_fast.losses.distributed import sum_gradients
 from sda_fast.lvlm.collate import ImageOptions
 from sda_fast.lvlm.packing import packed_modalities

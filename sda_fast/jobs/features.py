@@ -11,7 +11,7 @@ import torch
 
 from sda_fast.data.items import Item
 from sda_fast.jobs.batches import BatchMaker, Chunk
-from sda_fast.jobs.memory import is_out_of_memory
+from sda_fast.losses.cached import is_out_of_memory
 from sda_fast.lvlm.collate import ImageOptions
 from sda_fast.lvlm.family import ImageFeatures
 from sda_fast.lvlm.load import LVLM

@@ -13,8 +13,7 @@ from torch import Tensor
 from sda_fast.data.items import Item
 from sda_fast.jobs.batches import Batch, BatchMaker, Chunk, image_area
 from sda_fast.jobs.features import Tower
-from sda_fast.jobs.memory import is_out_of_memory
-from sda_fast.losses.cached import LossFunction, RandomState, cached_contrastive_step
+from sda_fast.losses.cached import LossFunction, RandomState, cached_contrastive_step, is_out_of_memory
 from sda_fast.losses.distributed import sharded_cmsa_loss
 from sda_fast.losses.modules import CMSALoss, InfoNCELoss
 from sda_fast.lvlm.encode import encode, reduce_buckets

@@ -35,10 +35,10 @@ class OutOfMemoryOnAnotherRank(MemoryError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device or the host has no memory left."""
+    """Whether an allocation failed, on a GPU or on the CPU (where PyTorch raises a plain RuntimeError)."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return any(words in str(error) for words in ("DefaultCPUAllocator", "can't allocate memory"))
 
 
 @contextlib.contextmanager
