@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def times_and_peak(
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if on_gpu else settled_bytes()
-    clock = gpu_seconds if on_gpu else processor_seconds
+    clock = partial(gpu_seconds, launch_seconds=0.0) if on_gpu else processor_seconds
     times: list[float] = []
     started = time.perf_counter()
     while not times or (len(times) < MOST_ROUNDS and time.perf_counter() - started < seconds):

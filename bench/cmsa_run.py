@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss, naive_infonce_loss
-from sda_fast.timing import gpu_seconds, processor_seconds
+from sda_fast.timing import gpu_seconds, launch_seconds_of, processor_seconds
 
 CHECKED_ITEMS, TEMPERATURE = 512, 3.0
 MOST_ROUNDS, WARMED_ITEMS = 20, 4096
@@ -115,7 +116,11 @@ def measure(
     else:
         before = settled_bytes()
     values: list[Tensor] = []
-    clock = gpu_seconds if on_gpu else processor_seconds
+    clock = (
+        partial(gpu_seconds, launch_seconds=launch_seconds_of(lambda: step(loss, given)))
+        if on_gpu
+        else processor_seconds
+    )
     times, started = [], time.perf_counter()
     while not times or (len(times) < MOST_ROUNDS and time.perf_counter() - started < seconds):
         times.append(clock(lambda: values.append(step(loss, given))))

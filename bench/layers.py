@@ -27,7 +27,8 @@ from check_layers import Checker, build
 from measure import PERCENTILES, bytes_kept, peak_bytes
 from sda_fast.atomic import write_json_atomic
 from sda_fast.bench_command import chosen_device
-from sda_fast.timing import Step, one_thread_on_a_cpu, percentile, ratio, time_in_turns
+from sda_fast.timing import Step, launch_seconds_of, one_thread_on_a_cpu, percentile, ratio, time_in_turns
+from sda_fast.tune import TIMERS
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def run(config: Any) -> str:
         "kind": device.type,
         "versions": versions(),
         "command": config.invocation,
-        "timer": "processor time, 1 thread" if device.type == "cpu" else "time between events, cache cleared before",
+        "timer": TIMERS[device.type],
         "percentiles": list(PERCENTILES),
         "not_run": reasons_for_all(table, config.methods),
         "records": [],
@@ -115,6 +116,8 @@ def measure_case(
             record["milliseconds"] = [round(1e3 * percentile(values, p), 4) for p in PERCENTILES]
             for key, other in (("to_frozen", FROZEN), ("to_peft", PEFT)):
                 record[key] = round(ratio(values, times[other]), 3) if other in times else None
+            if device.type == "cuda":
+                record["launch_milliseconds"] = round(1e3 * min(launch_seconds_of(steps[name]) for _ in range(3)), 4)
             record["peak_bytes"] = peak_bytes(steps[name], device)
             if mode != "forward":
                 record["bytes_kept_per_x"] = round(bytes_kept(contestants[name].layer, x) / x.nbytes, 3)

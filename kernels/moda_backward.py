@@ -2,10 +2,13 @@
 
 `dy_pass` reads dy once (twice for padded ranks above 32, where partial sums would cost more than the second reading)
 and gives dhg = dy B, from it dh = dhg * G and the gate gradients, and dB = dy^T (h * G). `dx_pass` reads x once and
-gives dA = dh^T dropout(x) while it adds mask / (1 - p) * (dh A) into dx. Sizes as in `moda_forward`.
+gives dA = dh^T dropout(x) while it adds mask / (1 - p) * (dh A) into dx, or writes it where the library's product with
+W is added afterwards. Sizes as in `moda_forward`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -179,6 +182,7 @@ def dx_kernel(
     HAS_DROPOUT: tl.constexpr,
     NEEDS_DA: tl.constexpr,
     NEEDS_DX: tl.constexpr,
+    ADDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -215,11 +219,12 @@ def dx_kernel(
             accumulator = tl.dot(tl.trans(dh.to(x.dtype)), x, accumulator, input_precision="tf32x3")
         if NEEDS_DX:
             dx_ptrs = dx_ptr + rows_wide * stride_dx_row + columns[None, :]
-            dx = tl.load(dx_ptrs, mask=mask, other=0.0)
-            update = tl.dot(dh.to(dx.dtype), lora_A, input_precision="tf32x3")
+            update = tl.dot(dh.to(lora_A.dtype), lora_A, input_precision="tf32x3")
             if HAS_DROPOUT:
                 update = tl.where(keep, update * keep_scale, 0.0)
-            tl.store(dx_ptrs, (dx.to(tl.float32) + update).to(dx.dtype), mask=mask)
+            if ADDS:
+                update += tl.load(dx_ptrs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptrs, update.to(lora_A.dtype), mask=mask)
     if NEEDS_DA:
         if HAS_DROPOUT:
             accumulator *= keep_scale
@@ -379,6 +384,7 @@ def dx_pass(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     needs_dA: bool = True,
+    adds: bool = True,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor | None:
     """dA = dh^T dropout(x), and dx += mask / (1 - p) * (dh A) in place, from one pass over x.
@@ -391,6 +397,7 @@ def dx_pass(
         dx: [M, K], unit column stride, holding the frozen layer's part; None if it is not wanted.
         dropout_p, seed: those of `project`.
         needs_dA: whether dA is wanted.
+        adds: False to overwrite dx instead, so that the frozen layer's part can be added afterwards.
     Returns:
         dA [R, K] float32, or None.
     """
@@ -400,15 +407,15 @@ def dx_pass(
         return dA
     if R > LARGEST_RANK_BLOCK:
         slices = [slice(start, start + LARGEST_RANK_BLOCK) for start in range(0, R, LARGEST_RANK_BLOCK)]
-        parts = [
-            dx_pass(x, dh[:, part], lora_A[part], dx, dropout_p=dropout_p, seed=seed, needs_dA=needs_dA, config=config)
-            for part in slices
-        ]
+        options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "needs_dA": needs_dA, "config": config}
+        parts = [dx_pass(x, dh[:, part], lora_A[part], dx, adds=adds or part.start > 0, **options) for part in slices]
         return torch.cat([part for part in parts if part is not None]) if needs_dA else None
 
     if dx is not None and padded_rank(R) > LARGEST_FUSED_DX_RANK:
         expand_config = config_for("expand_add", dx.dtype, R)
-        launch_expand_add(dx, dh, lora_A, None, None, 1.0, dropout_p=dropout_p, seed=seed, config=expand_config)
+        launch_expand_add(
+            dx, dh, lora_A, None, None, 1.0, dropout_p=dropout_p, seed=seed, adds=adds, config=expand_config
+        )
         dx = None
         if not needs_dA:
             return None
@@ -440,6 +447,7 @@ def dx_pass(
         HAS_DROPOUT=dropout_threshold(dropout_p) > 0,
         NEEDS_DA=needs_dA,
         NEEDS_DX=dx is not None,
+        ADDS=adds,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_n,
         BLOCK_R=padded_rank(R),

@@ -1,4 +1,4 @@
-"""MoDA forward: h = dropout(x) A^T in one pass over x, and y += (h * G) B^T in one pass over y.
+"""MoDA forward: h = dropout(x) A^T in one pass over x; (h * G) B^T added to y in one pass, or written before y is.
 
 Sizes: M rows, K inputs, N outputs, R total rank, E experts; expert e owns ranks e*R/E ... (e+1)*R/E - 1. Products are
 accumulated in float32; A, B and h * G are rounded to the dtype of the activations before they meet the tensor cores.
@@ -73,6 +73,7 @@ def project_kernel(
 @triton.jit
 def expand_add_kernel(
     y_ptr,
+    bias_ptr,
     h_ptr,
     weight_ptr,
     gates_ptr,
@@ -91,6 +92,8 @@ def expand_add_kernel(
     scaling,
     threshold,
     keep_scale,
+    ADDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     IS_GATED: tl.constexpr,
     GATE_PER_ROW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -108,7 +111,9 @@ def expand_add_kernel(
     column_mask = columns < N
     mask = row_mask[:, None] & column_mask[None, :]
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y_row + columns[None, :]
-    y = tl.load(y_ptrs, mask=mask, other=0.0)
+    dtype = y_ptr.dtype.element_ty
+    if ADDS:
+        y = tl.load(y_ptrs, mask=mask, other=0.0)
     update = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_rank in range(0, PADDED_R, BLOCK_R):
         ranks = first_rank + tl.arange(0, BLOCK_R)
@@ -138,11 +143,15 @@ def expand_add_kernel(
         else:
             h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_h_row + ranks[None, :]
             h = tl.load(h_ptrs, mask=row_mask[:, None] & rank_mask[None, :], other=0.0)
-        update = tl.dot(h.to(y.dtype), weight.to(y.dtype), update, input_precision="tf32x3")
+        update = tl.dot(h.to(dtype), weight.to(dtype), update, input_precision="tf32x3")
     if HAS_DROPOUT:
         keep = keep_tile(tl.load(seed_ptr), rows, first_column, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)
         update = tl.where(keep, update * keep_scale, 0.0)
-    tl.store(y_ptrs, (y.to(tl.float32) + update).to(y.dtype), mask=mask)
+    if HAS_BIAS:
+        update += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if ADDS:
+        update += y.to(tl.float32)
+    tl.store(y_ptrs, update.to(dtype), mask=mask)
 
 
 def with_unit_columns(matrix: torch.Tensor) -> torch.Tensor:
@@ -273,20 +282,55 @@ def expand_add(
     Returns:
         y.
     """
-    (M, N), R = y.shape, h.shape[1]
-    if M == 0 or N == 0 or R == 0:
-        return y
-    launch_expand_add(
-        y,
-        h,
-        lora_B.t(),
-        gates,
-        modality_ids,
-        scaling,
-        rows_per_sequence=rows_per_sequence,
-        config=config or config_for("expand_add", y.dtype, R),
-    )
+    if y.numel() and h.shape[1]:
+        launch_expand_add(
+            y,
+            h,
+            lora_B.t(),
+            gates,
+            modality_ids,
+            scaling,
+            rows_per_sequence=rows_per_sequence,
+            config=config or config_for("expand_add", y.dtype, h.shape[1]),
+        )
     return y
+
+
+def expand(
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    gates: torch.Tensor,
+    modality_ids: torch.Tensor | None,
+    scaling: float,
+    *,
+    rows_per_sequence: int = 1,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """out = (h * G) B^T + bias, rounded once: what a library GEMM then adds x W^T to in its accumulator.
+
+    Args:
+        h, lora_B, gates, modality_ids, scaling, rows_per_sequence: as in `expand_add`.
+        bias: [N] or None.
+        out: [M, N], float32, float16 or bfloat16, unit column stride; overwritten.
+    Returns:
+        out.
+    """
+    if out.numel():
+        launch_expand_add(
+            out,
+            h,
+            lora_B.t(),
+            gates,
+            modality_ids,
+            scaling,
+            rows_per_sequence=rows_per_sequence,
+            adds=False,
+            bias=bias,
+            config=config or config_for("expand_add", out.dtype, h.shape[1]),
+        )
+    return out
 
 
 def launch_expand_add(
@@ -300,12 +344,20 @@ def launch_expand_add(
     rows_per_sequence: int = 1,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    adds: bool = True,
+    bias: torch.Tensor | None = None,
     config: LaunchConfig,
 ) -> None:
-    """y += mask / (1 - p) * (h * G) weight for weight [R, N] of any strides; gates None for no gate."""
+    """y += mask / (1 - p) * (h * G) weight + bias, for weight [R, N] of any strides.
+
+    Args:
+        gates: None for no gate.
+        adds: False to overwrite y instead.
+    """
     (M, N), R = y.shape, h.shape[1]
     expand_add_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
         y,
+        bias,
         h,
         weight,
         gates,
@@ -324,6 +376,8 @@ def launch_expand_add(
         scaling,
         dropout_threshold(dropout_p),
         dropout_scale(dropout_p),
+        ADDS=adds,
+        HAS_BIAS=bias is not None,
         IS_GATED=gates is not None,
         GATE_PER_ROW=modality_ids is None,
         HAS_DROPOUT=dropout_threshold(dropout_p) > 0,

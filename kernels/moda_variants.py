@@ -95,18 +95,26 @@ def project_dy(type_name: str, rank: int) -> KernelVariant:
 
 
 def expand_add(type_name: str, rank: int, per_row: bool) -> KernelVariant:
-    return _expand(f"expand_add {type_name} R={rank}" + " row gates" * per_row, type_name, rank, per_row, is_gated=True)
+    return _expand(f"expand_add {type_name} R={rank}" + " row gates" * per_row, type_name, rank, per_row)
 
 
-def expand_dx(type_name: str, rank: int) -> KernelVariant:
-    return _expand(f"dx only {type_name} R={rank} dropout", type_name, rank, per_row=True, is_gated=False)
+def expand(type_name: str, rank: int) -> KernelVariant:
+    return _expand(f"expand {type_name} R={rank} bias", type_name, rank, per_row=False, adds=False)
 
 
-def _expand(name: str, type_name: str, rank: int, per_row: bool, is_gated: bool) -> KernelVariant:
+def expand_dx(type_name: str, rank: int, adds: bool) -> KernelVariant:
+    name = f"dx only {type_name} R={rank} dropout" + " written" * (not adds)
+    return _expand(name, type_name, rank, per_row=True, is_gated=False, adds=adds)
+
+
+def _expand(
+    name: str, type_name: str, rank: int, per_row: bool, *, is_gated: bool = True, adds: bool = True
+) -> KernelVariant:
+    has_bias = is_gated and not adds
     config = config_for("expand_add", TYPES[type_name], rank)
     ids_signature, ids_constexprs = _ids(per_row)
     size = TYPES[type_name].itemsize
-    moved = 2 * M * N * size + M * rank * 4 + N * rank * 4
+    moved = (1 + adds) * M * N * size + M * rank * 4 + N * rank * 4
     unit, strided = ("rank", "column") if is_gated else ("column", "rank")
     integers = ("M", "N", "stride_y_row", f"stride_weight_{strided}", "threshold")
     return KernelVariant(
@@ -115,6 +123,7 @@ def _expand(name: str, type_name: str, rank: int, per_row: bool, is_gated: bool)
         signature={
             **GATE_SIGNATURE,
             **ids_signature,
+            **({"bias_ptr": f"*{type_name}"} if has_bias else {}),
             "y_ptr": f"*{type_name}",
             "weight_ptr": "*fp32",
             "seed_ptr": "*i64",
@@ -123,7 +132,10 @@ def _expand(name: str, type_name: str, rank: int, per_row: bool, is_gated: bool)
         },
         constexprs={
             **ids_constexprs,
+            **({} if has_bias else {"bias_ptr": None}),
             f"stride_weight_{unit}": 1,
+            "ADDS": adds,
+            "HAS_BIAS": has_bias,
             "IS_GATED": is_gated,
             "GATE_PER_ROW": per_row,
             "HAS_DROPOUT": not is_gated,
@@ -259,16 +271,19 @@ def gate_gradient(rank: int, per_row: bool) -> KernelVariant:
     )
 
 
-def dx_pass(type_name: str, rank: int, dropout: bool) -> KernelVariant:
+def dx_pass(type_name: str, rank: int, dropout: bool, adds: bool = True) -> KernelVariant:
     config = config_for("dx_pass", TYPES[type_name], rank)
     size = TYPES[type_name].itemsize
     chunks = _chunks(config.block_m, -(-K // config.block_n))
     fused = padded_rank(rank) <= moda_backward.LARGEST_FUSED_DX_RANK
-    floor = (3 if fused else 1) * M * K * size + M * rank * 4 + 2 * rank * K * 4
+    floor = (2 + adds if fused else 1) * M * K * size + M * rank * 4 + 2 * rank * K * 4
     integers = ["M", "K", "R", "stride_x_row", "stride_dh_row", "stride_A_row", "stride_dx_row"]
     integers += ["blocks_per_chunk", "threshold"]
     return KernelVariant(
-        name=f"dx_pass {type_name} R={rank}" + ("" if fused else " dA only") + " dropout" * dropout,
+        name=f"dx_pass {type_name} R={rank}"
+        + ("" if fused else " dA only")
+        + " dropout" * dropout
+        + " written" * (not adds),
         kernel=moda_backward.dx_kernel,
         signature={
             "x_ptr": f"*{type_name}",
@@ -284,6 +299,7 @@ def dx_pass(type_name: str, rank: int, dropout: bool) -> KernelVariant:
             "HAS_DROPOUT": dropout,
             "NEEDS_DA": True,
             "NEEDS_DX": fused,
+            "ADDS": adds,
             "BLOCK_M": config.block_m,
             "BLOCK_K": config.block_n,
             "BLOCK_R": padded_rank(rank),
@@ -304,15 +320,18 @@ VARIANTS = (
     *(project_dy("bf16", rank) for rank in (64, 256)),
     *(expand_add("bf16", rank, per_row=False) for rank in (16, 32, 64, 128, 256)),
     expand_add("bf16", 16, per_row=True),
+    *(expand("bf16", rank) for rank in (16, 32, 64, 128, 256)),
     *(gated_linear("bf16", rank) for rank in (16, 256)),
     *(dy_pass("bf16", rank, per_row=False) for rank in (16, 32, 64, 128, 256)),
     dy_pass("bf16", 16, per_row=True),
     *(gate_gradient(rank, per_row) for rank in (16, 256) for per_row in (False, True)),
     *(dx_pass("bf16", rank, True) for rank in (16, 32, 64, 128, 256)),
-    dx_pass("bf16", 16, False),
-    *(expand_dx("bf16", rank) for rank in (128, 256)),
+    *(dx_pass("bf16", rank, True, adds=False) for rank in (16, 32, 64)),
+    *(dx_pass("bf16", 16, False, adds) for adds in (True, False)),
+    *(expand_dx("bf16", rank, adds) for rank in (128, 256) for adds in (True, False)),
     *(make("fp32", rank, True) for make in (project, expand_add, dx_pass, dy_pass) for rank in (16, 32, 64, 128, 256)),
-    expand_dx("fp32", 256),
+    expand("fp32", 16),
+    expand_dx("fp32", 256, adds=True),
     gated_linear("fp32", 16),
     *(make("fp16", 16, True) for make in (project, expand_add, dx_pass, dy_pass)),
 )

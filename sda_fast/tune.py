@@ -31,7 +31,7 @@ from sda_fast.timing import one_thread_on_a_cpu, percentile, time_in_turns
 logger = logging.getLogger(__name__)
 
 EXPERTS, RANK = 8, 8
-TIMERS = {"cpu": "processor time, 1 thread", "cuda": "time between events, cache cleared before"}
+TIMERS = {"cpu": "processor time, 1 thread", "cuda": "device time between events, cache cleared before"}
 # N x K: layers of Qwen2.5-VL-7B, then of Llama-3.2-11B-Vision.
 GPU_QUICK = ((3584, 3584), (512, 3584), (18944, 3584), (3584, 18944))
 GPU_FULL = (*GPU_QUICK, (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
@@ -100,7 +100,8 @@ def cases(device: str, *, quick: bool, shapes: Sequence[tuple[int, int]] = (), f
             table += [Case(fold_regimes.DECISION, torch.bfloat16, weight, M, N, K) for weight in weights]
             if M >= 64:
                 ranks = (RANK,) if quick else (RANK, 64)
-                table += [Case(regimes.DECISION, torch.bfloat16, "any", M, N, K, r) for r in ranks]
+                decisions = (regimes.DECISION, regimes.DECISION_ON_DX)
+                table += [Case(decision, torch.bfloat16, "any", M, N, K, r) for decision in decisions for r in ranks]
     return table
 
 
@@ -146,7 +147,7 @@ def not_measured(case: Case, reason: str) -> Record:
 def measure_case(case: Case, device: torch.device, seconds: float) -> Record:
     """Medians of every way that computes the case rightly, in microseconds, and why others have none."""
     try:
-        ways, truth = (evaluation_ways if case.decision == fold_regimes.DECISION else update_ways)(case, device)
+        ways, truth = WAYS_OF[case.decision](case, device)
     except torch.OutOfMemoryError:
         return not_measured(case, "out of memory")
     # One rounding to the dtype of x, or a product in float32.
@@ -212,8 +213,8 @@ def plain_weight(base: nn.Module) -> Tensor:
 
 
 def update_ways(case: Case, device: torch.device) -> tuple[Ways, Tensor]:
-    """Both ways of updating y in training; the weight is dense, as both find it after decoding."""
-    from sda_fast.kernels.moda_forward import expand_add
+    """The ways of updating y in training; the weight is dense, as all find it after decoding."""
+    from sda_fast.kernels.moda_forward import expand, expand_add
     from sda_fast.kernels.moda_gemm import gated_linear
     from sda_fast.kernels.moda_naive import naive_gate, naive_gated_linear
 
@@ -224,11 +225,46 @@ def update_ways(case: Case, device: torch.device) -> tuple[Ways, Tensor]:
     gates, ids = torch.rand(2, EXPERTS, device=device), torch.randint(0, 2, (M,), device=device)
     update = (h, lora_B, gates, ids, 4.0)
     ways = {
+        "before": lambda: expand(*update, out=x.new_empty(M, N)).addmm_(x, weight.t()),
         "in place": lambda: expand_add(nn.functional.linear(x, weight), *update),
         "accumulator": lambda: gated_linear(x, weight, None, *update),
     }
     gate = naive_gate(gates, ids, 4.0, M, r)
     return ways, naive_gated_linear(x.float(), weight.float(), None, h, lora_B, gate)
+
+
+def update_ways_of_dx(case: Case, device: torch.device) -> tuple[Ways, Tensor]:
+    """The ways of updating dx [M, N] from dy [M, K], with dropout, dA included."""
+    from sda_fast.kernels.moda_backward import dx_pass
+    from sda_fast.kernels.moda_naive import naive_dx_pass
+    from sda_fast.ops.dropout import dropout_scale, keep_mask
+
+    M, width, inner, r = case.rows, case.out_features, case.in_features, case.r
+    x, dy = (torch.randn(M, size, device=device, dtype=case.dtype) for size in (width, inner))
+    weight = torch.randn(inner, width, device=device, dtype=case.dtype) * inner**-0.5
+    dh, lora_A = torch.randn(M, r, device=device), torch.randn(r, width, device=device) * 0.01
+    dropping: dict[str, Any] = {"dropout_p": 0.1, "seed": torch.tensor([1], device=device)}
+
+    def before() -> Tensor:
+        dx = x.new_empty(M, width)
+        dx_pass(x, dh, lora_A, dx, adds=False, **dropping)
+        return dx.addmm_(dy, weight)
+
+    def in_place() -> Tensor:
+        dx = dy @ weight
+        dx_pass(x, dh, lora_A, dx, **dropping)
+        return dx
+
+    keep, product = keep_mask(M, width, 0.1, 1, device), dy.float() @ weight.float()
+    _, truth = naive_dx_pass(x.float(), dh, lora_A, product, keep, dropout_scale(0.1))
+    return {"before": before, "in place": in_place}, truth
+
+
+WAYS_OF = {
+    fold_regimes.DECISION: evaluation_ways,
+    regimes.DECISION: update_ways,
+    regimes.DECISION_ON_DX: update_ways_of_dx,
+}
 
 
 def line_of(record: Record) -> str:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sda_fast.kernels.moda_backward import dx_pass, dy_pass
-from sda_fast.kernels.moda_forward import expand_add, project, with_unit_columns
+from sda_fast.kernels.moda_forward import expand, expand_add, project, with_unit_columns
 from sda_fast.kernels.moda_gemm import gated_linear
-from sda_fast.ops import regimes
+from sda_fast.kernels.nf4 import decode_4bit
+from sda_fast.ops import cuda_library, regimes
 from sda_fast.ops.moda_torch import Gradients, Member
 from sda_fast.ops.quantized import workspaces
 
@@ -46,12 +47,28 @@ def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None)
     bias = None if member.bias is None else member.bias.to(x.dtype)
     way = regimes.update_of_y(x, member.layout.out_features, h.shape[1])
     with workspaces.guard(x.device):
-        weight = member.decoded(x.dtype)
+        weight = decoded(member, x.dtype)
+        if way == "in place":
+            y = torch.nn.functional.linear(x, weight, bias)
+            return add_update(y, member, h, modality_ids)
+        update = update_of(member, h, modality_ids)
         if way == "accumulator":
-            update = update_of(member, h, modality_ids)
             return gated_linear(with_unit_columns(x), with_unit_columns(weight), bias, **update)
-        y = torch.nn.functional.linear(x, weight, bias)
-    return add_update(y, member, h, modality_ids)
+        y = expand(**update, bias=bias, out=x.new_empty(x.shape[0], member.layout.out_features))
+        return y.addmm_(x, weight.t())
+
+
+def decoded(member: Member, dtype: torch.dtype) -> Tensor:
+    """The [N, K] weight in `dtype`, a view of the workspace where it has to be made: hold `workspaces.guard`."""
+    layout, data = member.layout, member.weight
+    if not layout.quant_type:
+        return member.decoded(dtype)
+    shape = (layout.out_features, layout.in_features)
+    out = workspaces.take(layout.out_features * layout.in_features, dtype, data.device).view(shape)
+    if dtype != torch.float32 and cuda_library.is_available(data.device):
+        return cuda_library.decode(layout, data, member.statistics, out)
+    codes = data.reshape(-1).view(torch.uint8)
+    return decode_4bit(codes, member.statistics, shape, layout.blocksize, layout.nested_blocksize, out=out)
 
 
 def add_update(y: Tensor, member: Member, h: Tensor, modality_ids: Tensor | None) -> Tensor:
@@ -91,13 +108,8 @@ def backward(
     needs_dh = needs_x or needs_A
     dh = torch.empty(M, members[-1].ranks.stop, dtype=torch.float32, device=dys[0].device)
     h = dh if h is None else h
-    dx: Tensor | None = None
     gradients = Gradients(None, None, [], [])
     for member, dy in zip(members, dys, strict=True):
-        if needs_x:
-            with workspaces.guard(dy.device):
-                weight = member.decoded(dy.dtype)
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         ids, rows_per_id = ids_of(member, modality_ids, M)
         _, dB, dgates = dy_pass(
             dy,
@@ -114,7 +126,26 @@ def backward(
         )
         gradients.dB.append(dB)
         gradients.dgates.append(dgates)
-    gradients.dx = dx
-    if needs_dh:
-        gradients.dA = dx_pass(x, dh, stacked_A(members), dx, dropout_p=dropout, seed=seed, needs_dA=needs_A)
+    if not needs_dh:
+        return gradients
+    lora_A = stacked_A(members)
+    dropping: dict[str, Any] = {"dropout_p": dropout, "seed": seed, "needs_dA": needs_A}
+    if not needs_x:
+        gradients.dA = dx_pass(x, dh, lora_A, None, **dropping)
+    elif regimes.update_of_dx(dys[0], lora_A.shape[1], lora_A.shape[0]) == "before":
+        dx = dys[0].new_empty(M, lora_A.shape[1])
+        gradients.dA = dx_pass(x, dh, lora_A, dx, adds=False, **dropping)
+        gradients.dx = add_frozen_products(dx, dys, members)
+    else:
+        gradients.dx = add_frozen_products(None, dys, members)
+        gradients.dA = dx_pass(x, dh, lora_A, gradients.dx, **dropping)
     return gradients
+
+
+def add_frozen_products(dx: Tensor | None, dys: Sequence[Tensor], members: Sequence[Member]) -> Tensor | None:
+    """dx + the sum of dy W over the layers, in place where dx is given."""
+    for member, dy in zip(members, dys, strict=True):
+        with workspaces.guard(dy.device):
+            weight = decoded(member, dy.dtype)
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+    return dx

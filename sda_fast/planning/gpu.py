@@ -28,6 +28,7 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
     from triton.runtime.jit import KernelInterface
 
     from sda_fast.kernels import moda_backward, moda_forward
+    from sda_fast.ops import moda_triton
 
     def launch(kernel: Any, grid: Any) -> Callable[..., None]:
         def count(*arguments: Any, **options: Any) -> None:
@@ -47,6 +48,9 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
         elements = layout.out_features * layout.in_features
         ledger.work(0, data.numel() * data.element_size() + absmax.numel() * 4 + elements * dtype.itemsize)
         return workspaces.take(elements, dtype, data.device).view(layout.out_features, layout.in_features)
+
+    def decoded(member: moda_torch.Member, dtype: torch.dtype) -> Tensor:
+        return decode(member.layout, member.weight, member.statistics, dtype)
 
     def programs_wanted(device: torch.device) -> int:
         return 2 * card.multiprocessors
@@ -70,6 +74,7 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
         stack.enter_context(replaced(KernelInterface, "__getitem__", launch))
         stack.enter_context(replaced(workspaces, "take", take))
         stack.enter_context(replaced(moda_torch, "decode", decode))
+        stack.enter_context(replaced(moda_triton, "decoded", decoded))
         stack.enter_context(replaced(moda_linear, "resolve_backend", triton_chosen))
         stack.enter_context(replaced(cmsa, "resolve_backend", triton_chosen))
         for module in (moda_forward, moda_backward):

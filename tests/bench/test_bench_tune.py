@@ -133,9 +133,9 @@ def test_mistakes_are_told_before_anything_is_measured(monkeypatch: pytest.Monke
         assert "needs a GPU" in capsys.readouterr().err
 
 
-def test_the_table_of_a_gpu_covers_both_decisions_and_every_layer() -> None:
+def test_the_table_of_a_gpu_covers_all_decisions_and_every_layer() -> None:
     table = tune.cases("cuda", quick=True)
-    assert {case.decision for case in table} == {"evaluation", "update of y"}
+    assert {case.decision for case in table} == {"evaluation", "update of y", "update of dx"}
     of = {(case.out_features, case.in_features) for case in table}
     assert of == {(3584, 3584), (512, 3584), (18944, 3584), (3584, 18944)}
     assert {1, 64, 8192} <= {case.rows for case in table if case.decision == "evaluation"}
@@ -144,10 +144,11 @@ def test_the_table_of_a_gpu_covers_both_decisions_and_every_layer() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it in its table")
-def test_both_updates_of_y_pass_their_check() -> None:
-    case = tune.Case("update of y", torch.float32, "any", 9, 24, 32)
-    record = tune.measure_case(case, CPU, 0.001)
-    assert set(record["microseconds"]) == {"in place", "accumulator"}
+def test_all_updates_of_y_and_dx_pass_their_check() -> None:
+    ways_of_dx = {"before", "in place"}
+    for decision, ways in (("update of y", {*ways_of_dx, "accumulator"}), ("update of dx", ways_of_dx)):
+        record = tune.measure_case(tune.Case(decision, torch.float32, "any", 9, 24, 32), CPU, 0.001)
+        assert set(record["microseconds"]) == ways
 
 
 def test_packaged_tables_are_those_of_the_results_folder() -> None:

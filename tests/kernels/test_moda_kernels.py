@@ -8,7 +8,7 @@ import torch
 from sda_fast.kernels import moda_naive as naive
 from sda_fast.kernels.configs import LaunchConfig
 from sda_fast.kernels.moda_backward import dx_pass, dy_pass
-from sda_fast.kernels.moda_forward import expand_add, project
+from sda_fast.kernels.moda_forward import expand, expand_add, project
 from sda_fast.kernels.moda_gemm import gated_linear
 from sda_fast.kernels.philox import dropout_scale
 from sda_fast.ops.dropout import keep_mask
@@ -163,6 +163,22 @@ def test_expand_add_updates_in_place(shape, layout, dtype):
     assert_as_good_as(y, naive.naive_expand_add, before, h, lora_B, gate)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_expand_overwrites_its_output(shape, dtype, with_bias):
+    M, _, N, R, E = shape
+    h, lora_B = random(M, R), random(N, R, scale=0.1)
+    gates, ids, rows_per_sequence = random_gates("per_sequence", M, E)
+    bias = random(N, 1, dtype=dtype, strided=False)[:, 0] if with_bias else None
+    gate = naive.naive_gate(gates, ids, SCALING, M, R, rows_per_sequence)
+    out = poisoned(M, N, dtype=dtype)
+    options = {"rows_per_sequence": rows_per_sequence, "bias": bias, "out": out}
+    assert expand(h, lora_B, gates, ids, SCALING, **options) is out
+    before = torch.zeros(M, N, dtype=dtype, device=DEVICE) if bias is None else bias.expand(M, N)
+    assert_as_good_as(out, naive.naive_expand_add, before, h, lora_B, gate)
+
+
 def test_expand_add_reads_a_slice_of_a_groups_h():
     h_all, lora_B = random(17, 48), random(9, 16)
     gates, ids, rows_per_sequence = random_gates("per_sequence", 17, 4)
@@ -250,6 +266,10 @@ def test_dx_pass_gives_dA_and_adds_to_dx(shape, dropout, dtype):
         assert_as_good_as(actual, naive.naive_dx_pass, *inputs, output=output)
     assert torch.equal(only_dA, dA)
     assert torch.equal(only_dx, dx)
+    written = poisoned(M, K, dtype=dtype)
+    assert torch.equal(dx_pass(x, dh, lora_A, written, adds=False, **options), dA)
+    zeros = (x, dh, lora_A, torch.zeros_like(dx), keep, dropout_scale(dropout))
+    assert_as_good_as(written, naive.naive_dx_pass, *zeros, output=1)
 
 
 def test_rows_are_summed_in_many_chunks_when_the_device_has_many_processors(monkeypatch):

@@ -1,4 +1,4 @@
-"""Which way y is updated, and that both ways agree; Triton's interpreter stands in where there is no GPU."""
+"""Which way y and dx are updated, and that all ways agree; Triton's interpreter stands in where there is no GPU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sda_fast.kernels import moda_naive as naive
 from sda_fast.ops.moda_linear import moda_linear_group
-from sda_fast.ops.regimes import forced_update, update_of_y
+from sda_fast.ops.regimes import forced_update, update_of_dx, update_of_y
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WAYS = ("in place", "accumulator")
+WAYS = ("before", "in place", "accumulator")
 BF16 = torch.bfloat16
 
 
@@ -39,25 +39,27 @@ def outputs(dtype: torch.dtype, layout: str, weight: Tensor, x: Tensor, bias: Te
 
 @pytest.mark.parametrize("layout", ["per sequence", "per token", "one id", "per row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([BF16] if DEVICE == "cuda" else [])], ids=str)
-def test_both_ways_of_updating_y_agree(dtype: torch.dtype, layout: str) -> None:
+def test_all_ways_of_updating_y_and_dx_agree(dtype: torch.dtype, layout: str) -> None:
     x, weight = normal(3, 7, 40).to(dtype), (normal(33, 40) * 40**-0.5).to(dtype)
     results = []
     for way in WAYS:
         with forced_update(way):
             results.append(outputs(dtype, layout, weight, x, normal(33).to(dtype)))
-    # The pass in place rounds y once more than the accumulator does.
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    # The ways round once or twice, each by half a unit in the last place.
+    for first, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(first, other, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
 
 
-def test_the_accumulator_takes_weights_and_rows_of_any_stride() -> None:
+def test_every_way_takes_weights_and_rows_of_any_stride() -> None:
     x, weight = normal(3, 7, 80)[..., ::2], normal(40, 33).t()
     results = []
     for way in WAYS:
         with forced_update(way):
             results.append(outputs(torch.float32, "per sequence", weight, x, None))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for first, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(first, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -65,12 +67,13 @@ def test_a_forced_way_runs_the_kernel_it_names(way: str, monkeypatch: pytest.Mon
     from sda_fast.ops import moda_triton
 
     called = []
-    for name in ("expand_add", "gated_linear"):
+    kernels = {"before": "expand", "in place": "expand_add", "accumulator": "gated_linear"}
+    for name in kernels.values():
         kernel = getattr(moda_triton, name)
         monkeypatch.setattr(moda_triton, name, lambda *a, k=kernel, n=name, **o: (called.append(n), k(*a, **o))[1])
     with forced_update(way):
         outputs(torch.float32, "one id", normal(33, 40), normal(3, 2, 40), None)
-    assert set(called) == {"expand_add" if way == "in place" else "gated_linear"}
+    assert set(called) == {kernels[way]}
 
 
 def test_the_accumulator_rounds_no_worse_than_plain_pytorch() -> None:
@@ -88,9 +91,9 @@ def test_the_accumulator_rounds_no_worse_than_plain_pytorch() -> None:
     assert (y.double() - exact).norm() <= 1.05 * (plain.double() - exact).norm()
 
 
-def test_what_was_not_measured_takes_the_pass_in_place() -> None:
-    assert update_of_y(torch.zeros(4, 8), 8, 8) == "in place"
-    assert update_of_y(torch.zeros(0, 8), 8, 8) == "in place"
+def test_what_was_not_measured_writes_the_update_first() -> None:
+    for rows in (4, 0):
+        assert update_of_y(torch.zeros(rows, 8), 8, 8) == update_of_dx(torch.zeros(rows, 8), 8, 8) == "before"
 
 
 def test_an_unknown_way_is_refused_and_a_forced_one_ends_with_its_block() -> None:
@@ -98,4 +101,5 @@ def test_an_unknown_way_is_refused_and_a_forced_one_ends_with_its_block() -> Non
         pass
     with forced_update("accumulator"):
         assert update_of_y(torch.zeros(4, 8), 8, 8) == "accumulator"
-    assert update_of_y(torch.zeros(4, 8), 8, 8) == "in place"
+        assert update_of_dx(torch.zeros(4, 8), 8, 8) == "in place"
+    assert update_of_y(torch.zeros(4, 8), 8, 8) == "before"
