@@ -115,16 +115,22 @@ def quantised_layer(config: Any, device: torch.device) -> nn.Module:
     return layer.eval()
 
 
-def quantise_linears(model: nn.Module, device: torch.device | str) -> None:
-    """Replace every nn.Linear of a model by a bitsandbytes NF4 one, in place."""
+def quantise_linears(model: nn.Module, device: torch.device | str, *, compute_dtype: torch.dtype = DTYPE) -> None:
+    """Replace every nn.Linear of a model by a bitsandbytes NF4 one with nested statistics, in place."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is not nn.Linear:
                 continue
+            # On the meta device: a weight of its own would be drawn, on the CPU, only to be replaced.
             packed = Linear4bit(
-                linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=DTYPE
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                compute_dtype=compute_dtype,
+                quant_type="nf4",
+                device="meta",
             )
             packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
             if linear.bias is not None:

@@ -22,16 +22,20 @@ MODULES = {
     "nf4": ("nf4_run", "nf4_tables"),
     "cmsa": ("cmsa_bench", "cmsa_tables"),
     "cached": ("cached_bench", "cached_tables"),
+    "finetune": ("finetune_bench", "finetune_tables"),
 }
+
+SECONDS = {"layer": 4.0, "nf4": 2.0, "cmsa": 2.0, "cached": 2.0, "finetune": 15.0}
 
 
 @dataclass
 class BenchConfig:
     """What `sda-fast bench` measures and where its results go."""
 
-    what: Literal["layer", "nf4", "cmsa", "cached"] = setting(
+    what: Literal["layer", "nf4", "cmsa", "cached", "finetune"] = setting(
         "layer", "layer: one adapted layer in training and evaluation; nf4: 4-bit decode and products, a decoder layer "
-        "in evaluation, embedding a catalogue; cmsa: the contrastive losses; cached: the contrastive step in chunks"
+        "in evaluation, embedding a catalogue; cmsa: the contrastive losses; cached: the contrastive step in chunks; "
+        "finetune: steps of fine-tuning a 7B model (CPU: a small one) beside PEFT, the expert loop and the planner"
     )  # fmt: skip
     tune: bool = setting(
         False, "measure the ways of computing a layer instead, and write the table that chooses among them here"
@@ -40,14 +44,21 @@ class BenchConfig:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to measure; auto takes a GPU if there is one")
     layers: tuple[str, ...] = setting((), "only these layers: q, up, down, k (of Qwen2.5-VL-7B), medium or small")
     methods: tuple[str, ...] = setting((), 'only these methods, for example MoDA "frozen layer" "PEFT LoRA"')
-    items: tuple[int, ...] = setting((), "cmsa, cached: only these batch sizes")
+    items: tuple[int, ...] = setting((), "cmsa, cached: only these batch sizes; finetune: the one")
+    steps: int | None = setting(None, "finetune: steps of the main run (default: 50, on a CPU 4)")
     dimensions: tuple[int, ...] = setting((), "cmsa: only vectors of these lengths")
     shapes: tuple[str, ...] = setting((), "with --tune: only these layers, outputs x inputs, such as 3584x18944")
     seconds: float | None = setting(
-        None, "how long each case is timed per pass (default: 4; nf4, cmsa, cached 2; --tune 0.5)"
+        None,
+        "how long each case is timed per pass (default: 4; nf4, cmsa, cached 2; --tune 0.5); finetune: the longest "
+        "that a method's steps take, three times that for the main run (default: 15)",
     )
     compile_cases: int | None = setting(
         None, "compile the baseline under torch.compile for so many cases (default: all)"
+    )
+    plan: bool = setting(
+        True,
+        "finetune: run the planner too, a minute for each line; bench/finetune_plan.py does it later, without a GPU",
     )
     limit: float = setting(3600.0, "start no further case after so many seconds")
     measure: bool = setting(True, "--no-measure only draws and writes tables from the results files there are")
@@ -56,13 +67,16 @@ class BenchConfig:
     )
     picture: bool = setting(True, "draw a picture beside the results file (needs matplotlib)")
     page: Path | None = setting(
-        None, "rewrite the tables of this page, docs/performance.md, nf4.md or cmsa.md, from the results files"
+        None,
+        "rewrite the tables of this page, docs/performance.md, nf4.md, cmsa.md or finetune.md, from the results files",
     )
     invocation: str = field(default="run_bench(BenchConfig(...))", metadata={"hidden": True})
 
     def __post_init__(self) -> None:
         if self.seconds is None:
-            self.seconds = 0.5 if self.tune else {"layer": 4.0, "nf4": 2.0, "cmsa": 2.0, "cached": 2.0}[self.what]
+            self.seconds = 0.5 if self.tune else SECONDS[self.what]
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.seconds <= 0 or self.limit < 0:
             raise ValueError(f"seconds must be positive and limit not negative, got {self.seconds} and {self.limit}")
 

@@ -192,16 +192,12 @@ def _train(
                 started = time.perf_counter()
                 rate = config.learning_rate_at(state.step, total_steps)
                 batch, loss = _forward_backward(state, prefetcher, contrastive_step, config.batch_size)
-                norm = _gradient_norm(state, config.max_grad_norm)
+                norm = state.gradient_norm(config.max_grad_norm)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     item_ids = [catalogue[place].item_id for place in order.batch(state.step)]
                     raise _not_finite(config, state.step + 1, loss, norm, item_ids)
-                for group in state.optimizer.param_groups:
-                    group["lr"] = rate
-                state.optimizer.step()
-                state.optimizer.zero_grad(set_to_none=True)
+                state.update(rate)
                 tokens.update(tokens=batch.num_tokens, slots=batch.num_slots)
-                state.step += 1
                 seconds = time.perf_counter() - started
                 state.seconds += seconds
                 speed = config.batch_size / seconds
@@ -260,13 +256,6 @@ def _forward_backward(
         random_state.restore()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _gradient_norm(state: TrainingState, max_norm: float | None) -> float:
-    """Norm of the adapters' and the temperature's gradient, before it is clipped to `max_norm`."""
-    with_gradient = [parameter for parameter in state.parameters if parameter.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(with_gradient, math.inf if max_norm is None else max_norm)
-    return float(norm)
 
 
 def _not_finite(config: FinetuneConfig, step: int, loss: float, norm: float, item_ids: list[str]) -> NonFiniteLossError:

@@ -96,14 +96,18 @@ class ExpertLoop(nn.Module):
         self.gate_embedding = nn.Embedding(2, GATE_DIM, device=settings.device)
         self.gate_proj = nn.Linear(GATE_DIM, settings.num_experts, bias=False, device=settings.device)
 
+    def modality_ids(self, x: Tensor) -> Tensor:
+        """One id for each entry of x's first dimension."""
+        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
-        modality = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        gates = torch.softmax(self.gate_proj(self.gate_embedding(modality)), dim=-1)
+        gates = torch.softmax(self.gate_proj(self.gate_embedding(self.modality_ids(x))), dim=-1)
         wide = x.to(self.lora_A[0].dtype)
         for expert, (A, B, dropout) in enumerate(zip(self.lora_A, self.lora_B, self.dropout, strict=True)):
             update = nn.functional.linear(nn.functional.linear(dropout(wide), A), B) * self.scaling
-            result = result + (update * gates[:, expert, None]).to(result.dtype)
+            gate = gates[:, expert].view(-1, *[1] * (x.dim() - 1))
+            result = result + (update * gate).to(result.dtype)
         return result
 
 

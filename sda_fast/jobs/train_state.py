@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -50,6 +51,20 @@ class TrainingState:
     @property
     def temperature(self) -> float:
         return float(self.loss.temperature.detach())
+
+    def gradient_norm(self, max_norm: float | None) -> float:
+        """Norm of the adapters' and the temperature's gradient, before it is clipped to `max_norm`."""
+        with_gradient = [parameter for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(with_gradient, math.inf if max_norm is None else max_norm)
+        return float(norm)
+
+    def update(self, learning_rate: float) -> None:
+        """Change the parameters by their gradients, which are dropped; that was one step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
 
     def save(self, folder: Path, identity: Mapping[str, Any], keep: int) -> None:
         """Write a checkpoint and delete all but the newest `keep`; every process must call it.
@@ -138,13 +153,18 @@ def build_state(config: FinetuneConfig, accelerator: Accelerator) -> TrainingSta
         progress=config.progress and accelerator.is_main_process,
     )
     adapt_model(lvlm.model, moda_config(config, lvlm))
-    loss = make_loss(config).to(device)
+    return state_of(config, lvlm, accelerator)
+
+
+def state_of(config: FinetuneConfig, lvlm: LVLM, accelerator: Accelerator) -> TrainingState:
+    """The state before the first step of a model whose adapters are there and alone require gradients."""
+    loss = make_loss(config).to(lvlm.device)
     adapters = [parameter for parameter in lvlm.model.parameters() if parameter.requires_grad]
     groups = [
         {"params": adapters, "weight_decay": config.weight_decay},
         {"params": list(loss.parameters()), "weight_decay": 0.0},
     ]
-    optimizer = make_optimizer(config, [group for group in groups if group["params"]], device)
+    optimizer = make_optimizer(config, [group for group in groups if group["params"]], lvlm.device)
     chunk_size = config.chunk_size if isinstance(config.chunk_size, int) else None
     return TrainingState(lvlm, loss, optimizer, [*adapters, *loss.parameters()], accelerator, chunk_size=chunk_size)
 

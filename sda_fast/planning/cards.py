@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 GIB = 1024**3
@@ -58,6 +59,10 @@ CARDS = {
 }
 
 
+# Words in a device's name that tell it from the card whose name it holds otherwise.
+OTHER_KINDS = {"ti", "super", "laptop", "mobile", "max", "pcie", "nvl"}
+
+
 def card_named(name: str) -> Card:
     """The card whose name holds the given words, whatever their case.
 
@@ -70,3 +75,24 @@ def card_named(name: str) -> Card:
         what = "no card" if not found else "several cards"
         raise ValueError(f"{what} match {name!r}; the cards are {', '.join(CARDS)}")
     return found[0]
+
+
+def card_of_device(device: str, memory: int) -> Card:
+    """The card that a driver's name of a device means, such as "NVIDIA H100 80GB HBM3".
+
+    Args:
+        memory: bytes; of several cards of that name the nearest is taken.
+
+    Raises:
+        ValueError: it is none of the cards here, or a slower kind of one.
+    """
+    words = set(re.findall(r"[a-z0-9]+", device.lower()))
+
+    def is_meant(card: Card) -> bool:
+        model = {word for word in card.name.lower().split() if word != "sxm" and not word.endswith("gb")}
+        return model <= words and not (words - model) & OTHER_KINDS
+
+    found = [card for card in CARDS.values() if is_meant(card)]
+    if not found:
+        raise ValueError(f"no card matches {device!r}; the cards are {', '.join(CARDS)}")
+    return min(found, key=lambda card: abs(card.memory * GIB - memory))

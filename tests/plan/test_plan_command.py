@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from sda_fast.plan import PlanConfig, bytes_of, largest_that_fits, plan
-from sda_fast.planning.cards import GIB, card_named
+from sda_fast.planning.cards import GIB, card_named, card_of_device
 
 
 @pytest.mark.parametrize(("words", "number"), [("12GiB", 12 * GIB), ("1.5 gb", 1_500_000_000), ("77", 77)])
@@ -27,6 +27,27 @@ def test_cards_are_found_by_words_of_their_names():
         card_named("a100")
     with pytest.raises(ValueError, match="no card match"):
         card_named("Voodoo 2")
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85e9, "H100 SXM"),
+        ("NVIDIA H200", 150e9, "H200 SXM"),
+        ("NVIDIA A100-SXM4-40GB", 42e9, "A100 40GB"),
+        ("NVIDIA GeForce RTX 4060 Ti", 17e9, "RTX 4060 Ti 16GB"),
+    ],
+)
+def test_cards_are_found_by_the_driver_s_name(device, memory, card):
+    assert card_of_device(device, memory).name == card
+
+
+@pytest.mark.parametrize(
+    "device", ["NVIDIA H100 PCIe", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 Laptop GPU"]
+)
+def test_a_slower_or_faster_kind_of_a_card_is_not_that_card(device):
+    with pytest.raises(ValueError, match="no card matches"):
+        card_of_device(device, 24 * GIB)
 
 
 @pytest.mark.parametrize("memory", [5, 24, 37, 100, 400])
