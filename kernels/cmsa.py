@@ -39,11 +39,11 @@ CONFIGS: dict[tuple[str, int], TileConfig] = {
     ("gradients", 2): TileConfig(64, 32, 64, 4, 3),
     ("gradients", 4): TileConfig(64, 32, 16, 8, 3),
 }
-# with the products given: bound by memory, no dimensions
+# with the products given there are no dimensions to go through; at least 16 warps fit a multiprocessor's registers
 CONFIGS_WITH_PRODUCTS: dict[str, TileConfig] = {
     "statistics": TileConfig(32, 128, 1, 8, 1),
     "target_sums": TileConfig(32, 128, 1, 8, 1),
-    "gradients": TileConfig(32, 128, 1, 8, 1),
+    "gradients": TileConfig(16, 128, 1, 8, 1),
 }
 
 

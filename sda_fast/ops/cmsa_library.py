@@ -38,16 +38,17 @@ from sda_fast.ops.cmsa_triton import TritonTiles, gradient_dtype
 
 ALIGNMENT = 128
 MOST_BLOCKS_KEPT = 8
+PIECES = 2
 SPLIT_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def workspace_of(block: int, dimensions: int, dtype: torch.dtype) -> int:
     """Bytes of a visit of `block` x `block` items: products, or pieces of the sums in their place; tiles; X - Y."""
     tile_dtype = gradient_dtype(dtype)
-    scratch, differences = 4 * block, 0
+    scratch, differences = 3 * block, 0
     if dtype in SPLIT_DTYPES:
-        scratch, differences = max(scratch, 4 * dimensions), 2 * tile_dtype.itemsize * dimensions
-    return block * (3 * scratch + 3 * tile_dtype.itemsize * block + differences)
+        scratch, differences = max(scratch, PIECES * dimensions), tile_dtype.itemsize * dimensions
+    return block * (4 * scratch + 3 * tile_dtype.itemsize * block + differences)
 
 
 def block_within(workspace_bytes: int, items: int, dimensions: int, dtype: torch.dtype, soft: bool) -> int:
@@ -105,8 +106,8 @@ class LibraryTiles(TritonTiles):
         """[matrices, height, width] float32, the same memory at every call."""
         if self._memory is None:
             block = min(self.block_size, len(self.x))
-            longest = max(block, self.x.shape[1]) if self.split else block
-            self._memory = torch.empty(3 * block * longest, dtype=torch.float32, device=self.x.device)
+            longest = max(3 * block, PIECES * self.x.shape[1]) if self.split else 3 * block
+            self._memory = torch.empty(block * longest, dtype=torch.float32, device=self.x.device)
         return self._memory[: matrices * height * width].view(matrices, height, width)
 
     def products(self, rows: Span, columns: Span, *, logits: bool = True, first_time: bool = False) -> Tensor:
@@ -161,7 +162,7 @@ class SplitSums:
         """Add a tile's products with the vectors of `other` to the sums of the items in `own`."""
         tiles = self._tiles
         x, y = tiles.operand(tiles.x, other), tiles.operand(tiles.y, other)
-        shared, piece, _ = tiles.scratch(3, own[1] - own[0], tiles.x.shape[1])
+        shared, piece = tiles.scratch(PIECES, own[1] - own[0], tiles.x.shape[1])
         if tile.teacher is not None:
             add_product(shared, tile.teacher, x - y, beta=0)
         sides = zip(self._results, self._low, (tile.logits, tile.transposed_logits), (y, x), (1.0, -1.0), strict=True)
