@@ -2,6 +2,9 @@
 
 Every reduction is in two stages: a program leaves its part, the caller adds. Sizes: B items, D dimensions; a launch
 covers `rows` x `columns`, two spans of items. What is computed is said in `cmsa_device`.
+
+`products`, where given, is [3, rows, columns] (hard targets: 2), contiguous float32: x_i y_j, y_i x_j and
+x_i x_j + y_i y_j, which then need not be computed. `target_sums` reads the last alone.
 """
 
 from __future__ import annotations
@@ -36,25 +39,39 @@ CONFIGS: dict[tuple[str, int], TileConfig] = {
     ("gradients", 2): TileConfig(64, 32, 64, 4, 3),
     ("gradients", 4): TileConfig(64, 32, 16, 8, 3),
 }
+# with the products given there are no dimensions to go through; at least 16 warps fit a multiprocessor's registers
+CONFIGS_WITH_PRODUCTS: dict[str, TileConfig] = {
+    "statistics": TileConfig(32, 128, 1, 8, 1),
+    "target_sums": TileConfig(32, 128, 1, 8, 1),
+    "gradients": TileConfig(16, 128, 1, 8, 1),
+}
 
 
 def _grid(config: TileConfig, rows: Span, columns: Span) -> tuple[int, int]:
     return triton.cdiv(rows[1] - rows[0], config.block_rows), triton.cdiv(columns[1] - columns[0], config.block_columns)
 
 
-def _launch(kernel, config: TileConfig, rows: Span, columns: Span, pointers, x, y, options, *, items: bool = False):
+def _chosen(name: str, x: torch.Tensor, products: torch.Tensor | None) -> TileConfig:
+    return CONFIGS[name, x.element_size()] if products is None else CONFIGS_WITH_PRODUCTS[name]
+
+
+def _launch(
+    kernel, config: TileConfig, rows: Span, columns: Span, x, y, products, pointers, options, *, items: bool = False
+):
     counts = (len(x),) if items else ()
+    vectors, sizes = ((x, y), (x.shape[1], *x.stride(), *y.stride())) if products is None else ((None, None), (1,) * 5)
     kernel[_grid(config, rows, columns)](
+        *vectors,
+        products,
         *pointers,
         *counts,
         rows[0],
         rows[1] - rows[0],
         columns[0],
         columns[1] - columns[0],
-        x.shape[1],
-        *x.stride(),
-        *y.stride(),
+        *sizes,
         **options,
+        PRODUCTS_GIVEN=products is not None,
         BLOCK_ROWS=config.block_rows,
         BLOCK_COLUMNS=config.block_columns,
         BLOCK_D=config.block_d,
@@ -74,6 +91,7 @@ def statistics(
     soft: bool,
     row_normalized: bool,
     two_sided: bool,
+    products: torch.Tensor | None = None,
     config: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """First-sweep parts of a block.
@@ -90,12 +108,13 @@ def statistics(
         x_i y_j (row-normalised: plus x_j y_i) less a reference, and the reference. Hard targets: twice the product
         x_i y_i, of one part, and nothing.
     """
-    config = config or CONFIGS["statistics", x.element_size()]
+    config = config or _chosen("statistics", x, products)
     row_blocks, column_blocks = _grid(config, rows, columns)
     for_rows = x.new_empty(column_blocks, 8, rows[1] - rows[0], dtype=torch.float32)
     for_columns = x.new_empty(row_blocks, 8, columns[1] - columns[0], dtype=torch.float32) if two_sided else None
     options = {"SOFT": soft, "ROW_NORMALIZED": row_normalized, "TWO_SIDED": two_sided}
-    _launch(statistics_kernel, config, rows, columns, (x, y, temperature, for_rows, for_columns), x, y, options)
+    pointers = (temperature, for_rows, for_columns)
+    _launch(statistics_kernel, config, rows, columns, x, y, products, pointers, options)
     return for_rows, for_columns
 
 
@@ -108,6 +127,7 @@ def target_sums(
     columns: Span,
     *,
     two_sided: bool,
+    products: torch.Tensor | None = None,
     config: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Second-sweep parts of a block.
@@ -119,12 +139,12 @@ def target_sums(
         [column blocks, 4, rows] and, if two-sided, [row blocks, 4, columns], float32: sum_j T_ji, sum_j T_ij, and
         sum_j T_ij c_j of the high and of the low part.
     """
-    config = config or CONFIGS["target_sums", x.element_size()]
+    config = config or _chosen("target_sums", x, products)
     row_blocks, column_blocks = _grid(config, rows, columns)
     for_rows = x.new_empty(column_blocks, 4, rows[1] - rows[0], dtype=torch.float32)
     for_columns = x.new_empty(row_blocks, 4, columns[1] - columns[0], dtype=torch.float32) if two_sided else None
-    pointers = (x, y, temperature, vectors, for_rows, for_columns)
-    _launch(target_sums_kernel, config, rows, columns, pointers, x, y, {"TWO_SIDED": two_sided}, items=True)
+    pointers, options = (temperature, vectors, for_rows, for_columns), {"TWO_SIDED": two_sided}
+    _launch(target_sums_kernel, config, rows, columns, x, y, products, pointers, options, items=True)
     return for_rows, for_columns
 
 
@@ -140,9 +160,13 @@ def gradients(
     soft: bool,
     row_normalized: bool,
     two_sided: bool,
+    teacher_added: bool = False,
+    products: torch.Tensor | None = None,
     config: TileConfig | None = None,
 ) -> torch.Tensor:
     """Write dL_ij / tau, dL_ji / tau and, unless its tile is None, tau/2 (dS_ij + dS_ji), in units of 1/(2B).
+
+    With `teacher_added` the third is also added to the first two.
 
     Args:
         statistics: [11, B] contiguous float32, in units of the products r, c, s, h, t, as high and low part each; q.
@@ -151,15 +175,16 @@ def gradients(
     Returns:
         Parts of tau times the temperature's gradient, float32, one per program.
     """
-    config = config or CONFIGS["gradients", x.element_size()]
+    config = config or _chosen("gradients", x, products)
     row_blocks, column_blocks = _grid(config, rows, columns)
     parts = x.new_empty(row_blocks * column_blocks, dtype=torch.float32)
     options = {
         "SOFT": soft,
         "ROW_NORMALIZED": row_normalized,
         "THROUGH_TEACHER": tiles[2] is not None,
+        "TEACHER_ADDED": teacher_added and tiles[2] is not None,
         "TWO_SIDED": two_sided,
     }
-    pointers = (x, y, temperature, statistics, *tiles, parts)
-    _launch(gradients_kernel, config, rows, columns, pointers, x, y, options, items=True)
+    pointers = (temperature, statistics, *tiles, parts)
+    _launch(gradients_kernel, config, rows, columns, x, y, products, pointers, options, items=True)
     return parts

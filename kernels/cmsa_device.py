@@ -4,6 +4,7 @@ For items i among the rows and j among the columns a program forms L_ij = x_i y_
 S_ij = tau/2 (x_i x_j + y_i y_j) from one pass over the dimensions: four loads feed four products. They stay bare
 products until two of them have been subtracted, which is exact where the difference is small; differences are scaled to
 bits (times log2 e). Every reduction is in two stages: a program leaves its part, the caller adds.
+With PRODUCTS_GIVEN the products come from memory, [2 or 3, rows, columns] contiguous float32, and there are no vectors.
 Sizes: B items, D dimensions; a launch covers `rows` x `columns`, two spans of items.
 """
 
@@ -37,6 +38,35 @@ def load_pair(ptrs, line, length, mask, AXIS: tl.constexpr):
     high = tl.load(ptrs + line * length, mask=mask, other=0.0)
     low = tl.load(ptrs + (line + 1) * length, mask=mask, other=0.0)
     return tl.expand_dims(high, AXIS), tl.expand_dims(low, AXIS)
+
+
+@triton.jit
+def given_tiles(
+    products_ptr,
+    local_rows,
+    row_mask,
+    rows_count,
+    local_columns,
+    column_mask,
+    columns_count,
+    WITH_LOGITS: tl.constexpr,
+    WITH_TEACHER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """What `product_tiles` gives, from memory."""
+    logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    transposed_logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    teacher = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    lines = local_rows.to(tl.int64)[:, None]
+    ptrs = products_ptr + local_columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    if WITH_LOGITS:
+        logits = tl.load(ptrs + lines * columns_count, mask=mask, other=0.0)
+        transposed_logits = tl.load(ptrs + (lines + rows_count) * columns_count, mask=mask, other=0.0)
+    if WITH_TEACHER:
+        teacher = tl.load(ptrs + (lines + 2 * rows_count) * columns_count, mask=mask, other=0.0)
+    return logits, transposed_logits, teacher
 
 
 @triton.jit
@@ -137,6 +167,7 @@ def store_statistics(
 def statistics_kernel(
     x_ptr,
     y_ptr,
+    products_ptr,
     temperature_ptr,
     for_rows_ptr,
     for_columns_ptr,
@@ -152,30 +183,46 @@ def statistics_kernel(
     SOFT: tl.constexpr,
     ROW_NORMALIZED: tl.constexpr,
     TWO_SIDED: tl.constexpr,
+    PRODUCTS_GIVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row_block, local_rows, rows, row_mask = items_of_tile(0, first_row, rows_count, BLOCK_ROWS)
     column_block, local_columns, columns, column_mask = items_of_tile(1, first_column, columns_count, BLOCK_COLUMNS)
-    logits, transposed_logits, teacher = product_tiles(
-        x_ptr,
-        y_ptr,
-        rows,
-        row_mask,
-        columns,
-        column_mask,
-        D,
-        stride_x_item,
-        stride_x_dimension,
-        stride_y_item,
-        stride_y_dimension,
-        True,
-        SOFT,
-        BLOCK_ROWS,
-        BLOCK_COLUMNS,
-        BLOCK_D,
-    )
+    if PRODUCTS_GIVEN:
+        logits, transposed_logits, teacher = given_tiles(
+            products_ptr,
+            local_rows,
+            row_mask,
+            rows_count,
+            local_columns,
+            column_mask,
+            columns_count,
+            True,
+            SOFT,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+        )
+    else:
+        logits, transposed_logits, teacher = product_tiles(
+            x_ptr,
+            y_ptr,
+            rows,
+            row_mask,
+            columns,
+            column_mask,
+            D,
+            stride_x_item,
+            stride_x_dimension,
+            stride_y_item,
+            stride_y_dimension,
+            True,
+            SOFT,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_D,
+        )
     temperature = tl.load(temperature_ptr)
     logits_scale = BITS_PER_NAT / temperature
     teacher_scale = temperature * (0.5 * BITS_PER_NAT)
@@ -229,6 +276,7 @@ def below(scores, high, low, scale):
 def target_sums_kernel(
     x_ptr,
     y_ptr,
+    products_ptr,
     temperature_ptr,
     vectors_ptr,
     for_rows_ptr,
@@ -244,30 +292,46 @@ def target_sums_kernel(
     stride_y_item,
     stride_y_dimension,
     TWO_SIDED: tl.constexpr,
+    PRODUCTS_GIVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row_block, local_rows, rows, row_mask = items_of_tile(0, first_row, rows_count, BLOCK_ROWS)
     column_block, local_columns, columns, column_mask = items_of_tile(1, first_column, columns_count, BLOCK_COLUMNS)
-    _, _, teacher = product_tiles(
-        x_ptr,
-        y_ptr,
-        rows,
-        row_mask,
-        columns,
-        column_mask,
-        D,
-        stride_x_item,
-        stride_x_dimension,
-        stride_y_item,
-        stride_y_dimension,
-        False,
-        True,
-        BLOCK_ROWS,
-        BLOCK_COLUMNS,
-        BLOCK_D,
-    )
+    if PRODUCTS_GIVEN:
+        _, _, teacher = given_tiles(
+            products_ptr,
+            local_rows,
+            row_mask,
+            rows_count,
+            local_columns,
+            column_mask,
+            columns_count,
+            False,
+            True,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+        )
+    else:
+        _, _, teacher = product_tiles(
+            x_ptr,
+            y_ptr,
+            rows,
+            row_mask,
+            columns,
+            column_mask,
+            D,
+            stride_x_item,
+            stride_x_dimension,
+            stride_y_item,
+            stride_y_dimension,
+            False,
+            True,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_D,
+        )
     teacher_scale = tl.load(temperature_ptr) * (0.5 * BITS_PER_NAT)
     mask = row_mask[:, None] & column_mask[None, :]
     row_vectors = vectors_ptr + rows
@@ -295,6 +359,7 @@ def target_sums_kernel(
 def gradients_kernel(
     x_ptr,
     y_ptr,
+    products_ptr,
     temperature_ptr,
     statistics_ptr,
     logits_gradient_ptr,
@@ -314,31 +379,48 @@ def gradients_kernel(
     SOFT: tl.constexpr,
     ROW_NORMALIZED: tl.constexpr,
     THROUGH_TEACHER: tl.constexpr,
+    TEACHER_ADDED: tl.constexpr,
     TWO_SIDED: tl.constexpr,
+    PRODUCTS_GIVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row_block, local_rows, rows, row_mask = items_of_tile(0, first_row, rows_count, BLOCK_ROWS)
     column_block, local_columns, columns, column_mask = items_of_tile(1, first_column, columns_count, BLOCK_COLUMNS)
-    logits, transposed_logits, teacher = product_tiles(
-        x_ptr,
-        y_ptr,
-        rows,
-        row_mask,
-        columns,
-        column_mask,
-        D,
-        stride_x_item,
-        stride_x_dimension,
-        stride_y_item,
-        stride_y_dimension,
-        True,
-        SOFT,
-        BLOCK_ROWS,
-        BLOCK_COLUMNS,
-        BLOCK_D,
-    )
+    if PRODUCTS_GIVEN:
+        logits, transposed_logits, teacher = given_tiles(
+            products_ptr,
+            local_rows,
+            row_mask,
+            rows_count,
+            local_columns,
+            column_mask,
+            columns_count,
+            True,
+            SOFT,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+        )
+    else:
+        logits, transposed_logits, teacher = product_tiles(
+            x_ptr,
+            y_ptr,
+            rows,
+            row_mask,
+            columns,
+            column_mask,
+            D,
+            stride_x_item,
+            stride_x_dimension,
+            stride_y_item,
+            stride_y_dimension,
+            True,
+            SOFT,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_D,
+        )
     temperature = tl.load(temperature_ptr)
     logits_scale = BITS_PER_NAT / temperature
     teacher_scale = temperature * (0.5 * BITS_PER_NAT)
@@ -380,8 +462,11 @@ def gradients_kernel(
         d_temperature -= tl.sum(d_transposed * transposed_logits) / temperature
     d_logits /= temperature
     d_transposed /= temperature
-    tl.store(logits_gradient_ptr + tile_offsets, d_logits.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
-    tl.store(transposed_gradient_ptr + tile_offsets, d_transposed.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
+    logits_gradient_ptrs = logits_gradient_ptr + tile_offsets
+    transposed_gradient_ptrs = transposed_gradient_ptr + tile_offsets
+    if not TEACHER_ADDED:
+        tl.store(logits_gradient_ptrs, d_logits.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
+        tl.store(transposed_gradient_ptrs, d_transposed.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
     if THROUGH_TEACHER:
         h_rows, h_rows_low = load_pair(row_stats, 6, items_count, row_mask, 1)
         h_columns, h_columns_low = load_pair(column_stats, 6, items_count, column_mask, 0)
@@ -401,5 +486,10 @@ def gradients_kernel(
         d_temperature += tl.sum(d_teacher * teacher) * (0.5 if TWO_SIDED else 0.25)
         d_teacher *= 0.5
         tl.store(teacher_gradient_ptr + tile_offsets, d_teacher.to(teacher_gradient_ptr.dtype.element_ty), mask=mask)
+        if TEACHER_ADDED:
+            d_logits += d_teacher
+            d_transposed += d_teacher
+            tl.store(logits_gradient_ptrs, d_logits.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
+            tl.store(transposed_gradient_ptrs, d_transposed.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
     part = row_block * tl.num_programs(1) + column_block
     tl.store(temperature_parts_ptr + part, d_temperature)

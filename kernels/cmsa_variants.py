@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from sda_fast.kernels import cmsa, cmsa_device
+from dataclasses import replace
+
+from sda_fast.kernels import cmsa, cmsa_device, cmsa_merge, split_sums
 from sda_fast.kernels.gate import KernelVariant
 
 B, D = 65536, 3584
 ROWS = 1280
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PROBLEM = f"B={B} D={D} rows={ROWS}"
+BLOCK = 4736
+PROBLEM_WITH_PRODUCTS = f"block={BLOCK}"
 INTEGERS = ("first_row", "rows_count", "first_column", "columns_count", "D", "stride_x_item", "stride_y_item")
 ALIGNED = ("rows_count", "columns_count", "D", "stride_x_item", "stride_y_item", "items_count")
 
@@ -40,9 +44,11 @@ def _variant(
             **dict.fromkeys(integers, "i32"),
         },
         constexprs={
+            "products_ptr": None,
             "stride_x_dimension": 1,
             "stride_y_dimension": 1,
             **constexprs,
+            "PRODUCTS_GIVEN": False,
             "BLOCK_ROWS": config.block_rows,
             "BLOCK_COLUMNS": config.block_columns,
             "BLOCK_D": config.block_d,
@@ -118,12 +124,114 @@ def gradients(
             "SOFT": soft,
             "ROW_NORMALIZED": row_normalized,
             "THROUGH_TEACHER": through_teacher,
+            "TEACHER_ADDED": False,
             "TWO_SIDED": two_sided,
             **({} if through_teacher else {"teacher_gradient_ptr": None}),
         },
         products=4 if soft else 2,
         written=tiles * SIZES[tile_type] * ROWS * B,
         items=True,
+    )
+
+
+def with_products(variant: KernelVariant, config: cmsa.TileConfig, matrices: int, written: int, **constexprs):
+    """The variant of the same kernel that reads `matrices` of a block's products, and writes `written` bytes."""
+    integers = {name: kind for name, kind in variant.signature.items() if name in (*INTEGERS[:4], "items_count")}
+    pointers = {name: kind for name, kind in variant.signature.items() if kind.startswith("*")}
+    constants = {name: value for name, value in variant.constexprs.items() if name != "products_ptr"}
+    absent = {"x_ptr": None, "y_ptr": None}
+    moved = 4 * matrices * BLOCK**2 + written
+    return replace(
+        variant,
+        name=" ".join((variant.name, *constexprs, "products given")).lower().replace("_", " "),
+        signature={name: kind for name, kind in pointers.items() if name not in absent}
+        | {"products_ptr": "*fp32"}
+        | integers,
+        constexprs=constants
+        | absent
+        | dict.fromkeys((*INTEGERS[4:], "stride_x_dimension", "stride_y_dimension"), 1)
+        | {"PRODUCTS_GIVEN": True, "BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns, "BLOCK_D": 1}
+        | constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        aligned=tuple(name for name in variant.aligned if name in integers),
+        problem=PROBLEM_WITH_PRODUCTS,
+        bytes_moved=moved,
+        bytes_floor=moved,
+        flops=0,
+        tensor_cores=False,
+    )
+
+
+def parts_bytes(config: cmsa.TileConfig, lines: int) -> int:
+    """Of the parts that both sides of a block get, of `lines` numbers an item."""
+    return 4 * lines * BLOCK * (BLOCK // config.block_rows + BLOCK // config.block_columns)
+
+
+def reading_variants() -> tuple[KernelVariant, ...]:
+    """The kernels where the matrix library forms the products; these do not depend on the vectors' dtype."""
+    configs = cmsa.CONFIGS_WITH_PRODUCTS
+    first, second, last = (configs[name] for name in ("statistics", "target_sums", "gradients"))
+    tile = SIZES["bf16"] * BLOCK**2
+    both = {"row_normalized": False, "two_sided": True}
+    of_rows = {"row_normalized": True, "two_sided": False}
+    return (
+        with_products(statistics("bf16", soft=True, **both), first, 3, parts_bytes(first, 8)),
+        with_products(statistics("bf16", soft=True, **of_rows), first, 3, parts_bytes(first, 8)),
+        with_products(statistics("bf16", soft=False, **both), first, 2, parts_bytes(first, 6)),
+        with_products(target_sums("bf16"), second, 1, parts_bytes(second, 4)),
+        with_products(gradients("bf16", two_sided=True), last, 3, 3 * tile, TEACHER_ADDED=True),
+        with_products(gradients("fp32", two_sided=True), last, 3, 6 * tile),
+        with_products(gradients("bf16", **of_rows), last, 3, 3 * tile, TEACHER_ADDED=True),
+        with_products(gradients("bf16", soft=False, through_teacher=False, two_sided=True), last, 2, 2 * tile),
+    )
+
+
+def merging(*, soft: bool, row_normalized: bool = False) -> KernelVariant:
+    parts = BLOCK // cmsa.CONFIGS_WITH_PRODUCTS["statistics"].block_rows
+    moved = (32 if soft else 20) * parts * BLOCK
+    return KernelVariant(
+        name="cmsa merge statistics " + ("soft" if soft else "hard") + " row-normalised" * row_normalized,
+        kernel=cmsa_merge.merge_statistics_kernel,
+        signature={
+            "parts_ptr": "*fp32",
+            "temperature_ptr": "*fp32",
+            "running_ptr": "*fp64",
+            **dict.fromkeys(("parts_count", "length", "stride_running"), "i32"),
+        },
+        constexprs={
+            "SOFT": soft,
+            "ROW_NORMALIZED": row_normalized,
+            "BLOCK_PARTS": cmsa_merge.BLOCK_PARTS,
+            "BLOCK_ITEMS": cmsa_merge.BLOCK_ITEMS,
+        },
+        num_warps=cmsa_merge.NUM_WARPS,
+        num_stages=1,
+        aligned=("length", "stride_running"),
+        problem=PROBLEM_WITH_PRODUCTS,
+        bytes_moved=moved,
+        bytes_floor=moved,
+        flops=0,
+        tensor_cores=False,
+    )
+
+
+def split_sum(kernel, name: str, pointers: dict[str, str], constexprs: dict[str, object], moved: int) -> KernelVariant:
+    """A kernel over the gradients [BLOCK, D]; `moved` bytes an element."""
+    factors = dict.fromkeys(("first_factor", "second_factor"), "fp32") if kernel is split_sums.add_kernel else {}
+    return KernelVariant(
+        name=f"split sums {name}",
+        kernel=kernel,
+        signature={"high_ptr": "*i16", "low_ptr": "*u8", **pointers, "count": "i32", **factors},
+        constexprs={**constexprs, "BLOCK": split_sums.BLOCK},
+        num_warps=split_sums.NUM_WARPS,
+        num_stages=3,
+        aligned=("count",),
+        problem=PROBLEM_WITH_PRODUCTS,
+        bytes_moved=moved * BLOCK * D,
+        bytes_floor=moved * BLOCK * D,
+        flops=0,
+        tensor_cores=False,
     )
 
 
@@ -138,4 +246,20 @@ VARIANTS = (
     gradients("bf16", row_normalized=True, two_sided=False),
     gradients("bf16", through_teacher=False, two_sided=False),
     gradients("bf16", soft=False, through_teacher=False, two_sided=False),
+    *reading_variants(),
+    merging(soft=True),
+    merging(soft=True, row_normalized=True),
+    merging(soft=False),
+    split_sum(
+        split_sums.add_kernel,
+        "add two",
+        {"first_ptr": "*fp32", "second_ptr": "*fp32"},
+        {"FROM_ZERO": False},
+        14,
+    ),
+    split_sum(
+        split_sums.add_kernel, "begin with one", {"first_ptr": "*fp32"}, {"second_ptr": None, "FROM_ZERO": True}, 7
+    ),
+    split_sum(split_sums.finish_kernel, "finish bf16", {"scale_ptr": "*fp32", "out_ptr": "*bf16"}, {}, 5),
+    split_sum(split_sums.finish_kernel, "finish fp16", {"scale_ptr": "*fp32", "out_ptr": "*fp16"}, {}, 5),
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sda_fast.ops.cmsa_blockwise import Tiles, blockwise_backward, blockwise_forward
+from sda_fast.ops.cmsa_products import way_of_products
 from sda_fast.ops.cmsa_tiles import Form, TorchTiles, block_size_within, compute_dtype, kept_shape
 
 Backend = Literal["auto", "torch", "triton"]
@@ -50,7 +51,8 @@ def cmsa_loss(
             symmetric in X and Y.
         targets: "soft" is CMSA; "hard" replaces T by the identity, which is symmetric InfoNCE.
         backend: "auto" takes Triton on CUDA and PyTorch elsewhere; "torch" and "triton" insist.
-        block_size: rows (PyTorch: and columns) per tile; chosen from `workspace_bytes` if None. Changes rounding only.
+        block_size: rows and columns per tile (rows alone where Triton kernels form the products); chosen from
+            `workspace_bytes` if None. Changes rounding only.
         workspace_bytes: bound of the memory for tiles; by default 32 MiB on a CPU, 512 MiB on a GPU.
 
     Returns:
@@ -164,17 +166,20 @@ def normalized_rows(embeddings: Tensor) -> Tensor:
 
 
 def resolve_backend(backend: Backend, embeddings: Tensor) -> str:
-    """ "torch" or "triton"; raises RuntimeError if "triton" was asked for and cannot run."""
+    """ "torch", "triton", or "library" for Triton kernels that read the matrix library's products.
+
+    Raises RuntimeError if "triton" was asked for and cannot run.
+    """
     if backend == "torch":
         return backend
     if backend not in ("auto", "triton"):
         raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
     obstacle = _triton_obstacle(embeddings)
-    if backend == "auto":
-        return "torch" if obstacle or embeddings.device.type != "cuda" else "triton"
+    if backend == "auto" and (obstacle or embeddings.device.type != "cuda"):
+        return "torch"
     if obstacle:
         raise RuntimeError(f"backend='triton' was asked for, but {obstacle}")
-    return backend
+    return "library" if way_of_products(embeddings) == "library" else "triton"
 
 
 def _triton_obstacle(embeddings: Tensor) -> str | None:
@@ -207,6 +212,11 @@ def make_tiles(
         from sda_fast.ops.cmsa_triton import TritonTiles
 
         return TritonTiles(x, y, temperature, form, block_size, workspace_bytes)
+    if backend == "library":
+        from sda_fast.ops.cmsa_library import LibraryTiles, block_within
+
+        block_size = block_size or block_within(workspace_bytes, len(x), x.shape[1], x.dtype, form.soft)
+        return LibraryTiles(x, y, temperature, form, block_size, kept)
     if float(temperature) <= 0:
         raise ValueError(f"temperature must be positive, got {float(temperature)}")
     block_size = block_size or block_size_within(workspace_bytes, len(x), x.dtype, x.device.type)
@@ -218,10 +228,16 @@ def default_workspace(embeddings: Tensor) -> int:
 
 
 def room_for_products(x: Tensor, soft: bool, backend: str, block_size: int, workspace_bytes: int) -> Tensor:
-    """What the workspace leaves for tiles' products between sweeps; the Triton kernels keep none."""
+    """What the workspace leaves for tiles' products between sweeps; kernels that form them keep none."""
     if backend == "triton":
         return x.new_empty(0, 0, dtype=compute_dtype(x.dtype))
     workspace_bytes = workspace_bytes or default_workspace(x)
+    if backend == "library":
+        from sda_fast.ops import cmsa_library
+
+        block_size = block_size or cmsa_library.block_within(workspace_bytes, len(x), x.shape[1], x.dtype, soft)
+        shape = cmsa_library.kept_shape(workspace_bytes, len(x), x.shape[1], x.dtype, block_size, soft)
+        return x.new_empty(shape, dtype=torch.float32)
     items = x.shape[0]
     block_size = block_size or block_size_within(workspace_bytes, items, x.dtype, x.device.type)
     shape = kept_shape(workspace_bytes, items, x.dtype, block_size, soft)
@@ -298,7 +314,7 @@ def cmsa_backward(
             statistics,
             (0, len(x)),
             grad_loss.to(compute_dtype(x.dtype)) / (2 * len(x)),
-            symmetric=_sums_fit(x, workspace_bytes),
+            symmetric=backend == "library" or _sums_fit(x, workspace_bytes),
             through_teacher=not detach_teacher,
             needs_x=needs_image,
             needs_y=needs_text,

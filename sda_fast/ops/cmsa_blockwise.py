@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sda_fast.ops.cmsa_sums import GradientSums, Totals, add_products
 from sda_fast.ops.cmsa_tiles import (
     NATS_PER_BIT,
     Form,
@@ -46,7 +47,7 @@ class Tiles(Protocol):
 
     def columns_per_visit(self) -> int: ...
 
-    def statistics(self, rows: Span, columns: Span, two_sided: bool) -> tuple[Tensor, Tensor | None]: ...
+    def add_statistics(self, running: Tensor, rows: Span, columns: Span, two_sided: bool) -> None: ...
 
     def target_sums(
         self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool
@@ -59,6 +60,8 @@ class Tiles(Protocol):
     def operand(self, embeddings: Tensor, span: Span) -> Tensor: ...
 
     def accumulate(self, total: Tensor, tile: Tensor, embeddings: Tensor, factor: float) -> None: ...
+
+    def sums(self, needs_x: bool, needs_y: bool) -> GradientSums: ...
 
 
 class Gradients(NamedTuple):
@@ -83,28 +86,13 @@ def visits(tiles: Tiles, own: Span, symmetric: bool) -> Iterator[tuple[Span, boo
         yield columns, symmetric
 
 
-def merge_statistics(running: Tensor, part: Tensor, soft: bool) -> None:
-    """Add `part` [4, n] to `running` [4, n] in place; see `TorchTiles.statistics` for the four rows."""
-    if soft:
-        teacher_lse = torch.logaddexp2(running[2], part[2])
-        running[3] *= torch.exp2(running[2] - teacher_lse)
-        running[3] += torch.exp2(part[2] - teacher_lse) * part[3]
-        running[2] = teacher_lse
-    else:
-        running[3] += part[3]
-    torch.logaddexp2(running[:2], part[:2], out=running[:2])
-
-
 def row_statistics(tiles: Tiles, rows: Span, symmetric: bool) -> Tensor:
     """First sweep: [4, B] float64 log-sum-exps r, c, s and target logits, complete for the items in `rows`."""
     running = torch.full((4, len(tiles.x)), -torch.inf, dtype=torch.float64, device=tiles.x.device)
     running[3] = 0
     for own in row_blocks(rows, tiles.block_size):
         for columns, two_sided in visits(tiles, own, symmetric):
-            for_rows, for_columns = tiles.statistics(own, columns, two_sided)
-            merge_statistics(running[:, slice(*own)], for_rows, tiles.form.soft)
-            if for_columns is not None:
-                merge_statistics(running[:, slice(*columns)], for_columns, tiles.form.soft)
+            tiles.add_statistics(running, own, columns, two_sided)
     return running
 
 
@@ -162,7 +150,7 @@ def blockwise_backward(
 ) -> Gradients:
     """One sweep of gradient tiles over the items in `rows`.
 
-    Symmetric: sums of the compute dtype for the whole batch are kept (2 x B x D values). Otherwise the gradients of one
+    Symmetric: sums for the whole batch are kept (2 x B x D values, see `Tiles.sums`). Otherwise the gradients of one
     block of rows at a time are completed, at the price of visiting both orders of each pair.
 
     Args:
@@ -178,67 +166,25 @@ def blockwise_backward(
     x = tiles.x
     count = rows[1] - rows[0]
 
-    def totals(length: int) -> Totals:
-        shape = (length, x.shape[1])
-        return Totals(*(x.new_zeros(shape, dtype=scale.dtype) if needed else None for needed in (needs_x, needs_y)))
-
     statistics = split_statistics(statistics, Scales.at(tiles.temperature), scale.dtype)
     temperature = torch.zeros((), dtype=torch.float64, device=x.device)
     if symmetric:
-        whole = totals(count)
+        whole = tiles.sums(needs_x, needs_y)
         for own in row_blocks(rows, tiles.block_size):
             for columns, two_sided in visits(tiles, own, symmetric):
                 tile = tiles.gradients(own, columns, statistics, through_teacher, two_sided)
                 temperature += tile.temperature
-                _add_products(tiles, tile, whole.part(own), columns)
-                if two_sided:
-                    _add_products(tiles, _transposed(tile), whole.part(columns), own)
+                whole.add(tile, own, columns, two_sided)
         results = whole.rounded(scale, x.dtype)
     else:
         results = [x.new_empty(count, x.shape[1]) if needed else None for needed in (needs_x, needs_y)]
         for own in row_blocks(rows, tiles.block_size):
-            block = totals(own[1] - own[0])
+            block = Totals.zero(x, own[1] - own[0], scale.dtype, (needs_x, needs_y))
             for columns, two_sided in visits(tiles, own, symmetric):
                 tile = tiles.gradients(own, columns, statistics, through_teacher, two_sided)
                 temperature += tile.temperature
-                _add_products(tiles, tile, block, columns)
+                add_products(tiles, tile, block, columns)
             for result, finished in zip(results, block.rounded(scale, x.dtype), strict=True):
                 if result is not None and finished is not None:
                     result[own[0] - rows[0] : own[1] - rows[0]] = finished
     return Gradients(results[0], results[1], temperature.to(scale.dtype) * scale / tiles.temperature)
-
-
-class Totals(NamedTuple):
-    """Running sums of gradients for a range of items, [n, D] in the compute dtype; None where not needed."""
-
-    x: Tensor | None
-    y: Tensor | None
-
-    def part(self, span: Span) -> Totals:
-        return Totals(*(None if total is None else total[span[0] : span[1]] for total in self))
-
-    def rounded(self, scale: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
-        """Scale the sums in place and give them in `dtype`."""
-        return [None if total is None else total.mul_(scale).to(dtype) for total in self]
-
-
-def _transposed(tile: TileGradients) -> TileGradients:
-    return tile._replace(
-        logits=tile.transposed_logits.T,
-        transposed_logits=tile.logits.T,
-        teacher=None if tile.teacher is None else tile.teacher.T,
-    )
-
-
-def _add_products(tiles: Tiles, tile: TileGradients, totals: Totals, other: Span) -> None:
-    """dX += dL Y_other / tau + tau/2 dS X_other, and dY likewise with dL's transpose."""
-    x_other, y_other = tiles.operand(tiles.x, other), tiles.operand(tiles.y, other)
-    for total, logits, across, along in (
-        (totals.x, tile.logits, y_other, x_other),
-        (totals.y, tile.transposed_logits, x_other, y_other),
-    ):
-        if total is None:
-            continue
-        tiles.accumulate(total, logits, across, tile.logits_factor)
-        if tile.teacher is not None:
-            tiles.accumulate(total, tile.teacher, along, tile.teacher_factor)

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sda_fast.ops.cmsa_sums import WholeSums
+
 Span = tuple[int, int]
 NATS_PER_BIT = math.log(2)
 CPU_BLOCK_SIZE = 256
@@ -56,6 +58,8 @@ class TileGradients(NamedTuple):
     what the backend left out of 1/tau for L and tau/2 for S.
     `temperature` is sum(dS S) - sum(dL L) over what this visit stands for (half of it for a one-sided visit of S, whose
     other half comes with the transposed tile).
+    With `teacher_added` the logits' tiles hold their sums with the teacher's, so that with A = `teacher`
+    dX += A (X - Y) + (dL + A) Y and dY += (dL^T + A) X - A (X - Y) take three products in place of four.
     """
 
     logits: Tensor
@@ -64,6 +68,15 @@ class TileGradients(NamedTuple):
     temperature: Tensor
     logits_factor: float
     teacher_factor: float
+    teacher_added: bool = False
+
+    def transposed(self) -> TileGradients:
+        """The tile of the columns' items against the rows'."""
+        return self._replace(
+            logits=self.transposed_logits.T,
+            transposed_logits=self.logits.T,
+            teacher=None if self.teacher is None else self.teacher.T,
+        )
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -115,6 +128,31 @@ def kept_shape(workspace_bytes: int, items: int, dtype: torch.dtype, block_size:
     return max(0, min(blocks * (blocks + 1) // 2, spare // size)), size
 
 
+def kept_tile(kept: Tensor, rows: Span, columns: Span, items: int, block_size: int, matrices: int) -> Tensor | None:
+    """Of `kept` [tiles, elements], where a symmetric sweep's tile has its place: [matrices, rows, columns]."""
+    row_block, column_block = rows[0] // block_size, columns[0] // block_size
+    if row_block > column_block:
+        return None
+    blocks = -(-items // block_size)
+    number = row_block * blocks - row_block * (row_block - 1) // 2 + column_block - row_block
+    if number >= len(kept):
+        return None
+    height, width = rows[1] - rows[0], columns[1] - columns[0]
+    return kept[number, : matrices * height * width].view(matrices, height, width)
+
+
+def merge_statistics(running: Tensor, part: Tensor, soft: bool) -> None:
+    """Add `part` [4, n] to `running` [4, n] in place; see `TorchTiles.statistics` for the four rows."""
+    if soft:
+        teacher_lse = torch.logaddexp2(running[2], part[2])
+        running[3] *= torch.exp2(running[2] - teacher_lse)
+        running[3] += torch.exp2(part[2] - teacher_lse) * part[3]
+        running[2] = teacher_lse
+    else:
+        running[3] += part[3]
+    torch.logaddexp2(running[:2], part[:2], out=running[:2])
+
+
 def _overlap(rows: Span, columns: Span) -> Span:
     return max(rows[0], columns[0]), min(rows[1], columns[1])
 
@@ -163,6 +201,10 @@ class TorchTiles:
         """total += factor * tile @ embeddings."""
         total.addmm_(tile, embeddings, alpha=factor)
 
+    def sums(self, needs_x: bool, needs_y: bool) -> WholeSums:
+        """Sums of the vectors' gradients for a symmetric sweep."""
+        return WholeSums(self, self.dtype, (needs_x, needs_y))
+
     def _buffer(self, number: int, rows: Span, columns: Span) -> Tensor:
         height, width = rows[1] - rows[0], columns[1] - columns[0]
         return self._buffers[number, : height * width].view(height, width)
@@ -172,16 +214,9 @@ class TorchTiles:
 
     def _kept_tile(self, rows: Span, columns: Span) -> Tensor | None:
         """[2 or 3, rows, columns] for L, M and S of a tile that is kept."""
-        row_block, column_block = rows[0] // self.block_size, columns[0] // self.block_size
-        if self._kept is None or row_block > column_block:
+        if self._kept is None:
             return None
-        blocks = -(-len(self.x) // self.block_size)
-        number = row_block * blocks - row_block * (row_block - 1) // 2 + column_block - row_block
-        if number >= len(self._kept):
-            return None
-        height, width = rows[1] - rows[0], columns[1] - columns[0]
-        matrices = 3 if self.form.soft else 2
-        return self._kept[number, : matrices * height * width].view(matrices, height, width)
+        return kept_tile(self._kept, rows, columns, len(self.x), self.block_size, 3 if self.form.soft else 2)
 
     def _logits(self, rows: Span, columns: Span, *, first_time: bool = False) -> tuple[Tensor, Tensor]:
         """L and M."""
@@ -220,6 +255,13 @@ class TorchTiles:
         torch.sub(scores, largest.unsqueeze(dim), out=out).mul_(scale).exp2_()
         sums = out.sum(dim)
         return scale * largest.double() + sums.double().log2(), out, sums
+
+    def add_statistics(self, running: Tensor, rows: Span, columns: Span, two_sided: bool) -> None:
+        """Merge `statistics` into `running` [4, B] float64."""
+        for_rows, for_columns = self.statistics(rows, columns, two_sided)
+        merge_statistics(running[:, slice(*rows)], for_rows, self.form.soft)
+        if for_columns is not None:
+            merge_statistics(running[:, slice(*columns)], for_columns, self.form.soft)
 
     def statistics(self, rows: Span, columns: Span, two_sided: bool) -> tuple[Tensor, Tensor | None]:
         """What one tile contributes to its rows' items and, if two-sided, to its columns' items.

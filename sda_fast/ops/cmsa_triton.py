@@ -1,4 +1,4 @@
-"""CMSA's tiles through the Triton kernels: one launch per block of rows, products by the matrix library."""
+"""CMSA's tiles through the Triton kernels: one launch per visit, gradient products by the matrix library."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from sda_fast.kernels import cmsa as kernels
-from sda_fast.ops.cmsa_tiles import Form, Scales, Span, TileGradients
+from sda_fast.kernels import cmsa_merge
+from sda_fast.ops.cmsa_products import add_product
+from sda_fast.ops.cmsa_sums import GradientSums, WholeSums
+from sda_fast.ops.cmsa_tiles import Form, Span, TileGradients
 
 
 class TritonTiles:
-    """The tiles of `cmsa_tiles.TorchTiles` on a GPU; a visit spans all columns.
+    """The tiles of `cmsa_tiles.TorchTiles` on a GPU, products formed in the kernels; a visit spans all columns.
 
     Gradient tiles are bfloat16 for bfloat16 vectors, whose exponents hold any gradient, and float32 otherwise (float16
     vectors are then widened for the products).
@@ -25,36 +28,47 @@ class TritonTiles:
     """
 
     MIN_ROWS, MIN_ROWS_OF_BLOCKS, BLOCKS = 128, 512, 8
+    teacher_added = False
 
     def __init__(
         self, x: Tensor, y: Tensor, temperature: Tensor, form: Form, block_size: int, workspace_bytes: int
     ) -> None:
         self.x, self.y, self.form = x, y, form
         self.temperature = temperature.float().contiguous()
-        self._tile_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        rows = min(
-            workspace_bytes // (3 * self._tile_dtype.itemsize * len(x)),
-            max(self.MIN_ROWS_OF_BLOCKS, len(x) // self.BLOCKS),
-        )
-        self.block_size = block_size or max(self.MIN_ROWS, rows // self.MIN_ROWS * self.MIN_ROWS)
+        self.tile_dtype = gradient_dtype(x.dtype)
+        self.block_size = block_size or self._rows_within(workspace_bytes)
         self._buffers: Tensor | None = None
+
+    def _rows_within(self, workspace_bytes: int) -> int:
+        items = len(self.x)
+        rows = min(
+            workspace_bytes // (3 * self.tile_dtype.itemsize * items),
+            max(self.MIN_ROWS_OF_BLOCKS, items // self.BLOCKS),
+        )
+        return max(self.MIN_ROWS, rows // self.MIN_ROWS * self.MIN_ROWS)
 
     def columns_per_visit(self) -> int:
         return len(self.x)
 
     def operand(self, embeddings: Tensor, span: Span) -> Tensor:
         """The vectors of the items in `span`, in the dtype of the gradient tiles."""
-        return embeddings[span[0] : span[1]].to(self._tile_dtype)
+        return embeddings[span[0] : span[1]].to(self.tile_dtype)
 
     def accumulate(self, total: Tensor, tile: Tensor, embeddings: Tensor, factor: float) -> None:
         """total += factor * tile @ embeddings, summed in float32."""
-        if tile.dtype == torch.float32:
-            total.addmm_(tile, embeddings, alpha=factor)
-        else:
-            total.add_(torch.mm(tile, embeddings, out_dtype=torch.float32), alpha=factor)
+        add_product(total, tile, embeddings, alpha=factor)
 
-    def statistics(self, rows: Span, columns: Span, two_sided: bool) -> tuple[Tensor, Tensor | None]:
-        for_rows, for_columns = kernels.statistics(
+    def sums(self, needs_x: bool, needs_y: bool) -> GradientSums:
+        """Sums of the vectors' gradients for a symmetric sweep."""
+        return WholeSums(self, torch.float32, (needs_x, needs_y))
+
+    def products(self, rows: Span, columns: Span, *, logits: bool = True, first_time: bool = False) -> Tensor | None:
+        """The products of a visit, where the kernels do not form them: see `kernels.cmsa`."""
+        return None
+
+    def add_statistics(self, running: Tensor, rows: Span, columns: Span, two_sided: bool) -> None:
+        """Merge what a visit contributes to its rows' and columns' items into `running` [4, B] float64."""
+        parts = kernels.statistics(
             self.x,
             self.y,
             self.temperature,
@@ -63,36 +77,39 @@ class TritonTiles:
             soft=self.form.soft,
             row_normalized=self.form.row_normalized,
             two_sided=two_sided,
+            products=self.products(rows, columns, first_time=True),
         )
-        return self._merged(for_rows), None if for_columns is None else self._merged(for_columns)
-
-    def _merged(self, parts: Tensor) -> Tensor:
-        """Parts [parts, 8, n] -> [4, n] float64 as `TorchTiles.statistics` gives it, in a fixed order."""
-        own_largest, own_sums, other_largest, other_sums, largest, sums, relative, reference = parts.double().unbind(1)
-        for_logits, for_teacher = Scales.at(self.temperature)
-        row_lse, _ = _merged_log_sum_exp(for_logits * own_largest, own_sums)
-        column_lse, _ = _merged_log_sum_exp(for_logits * other_largest, other_sums)
-        if not self.form.soft:
-            return torch.stack([row_lse, column_lse, torch.zeros_like(row_lse), for_logits * relative.sum(0)])
-        teacher_lse, weights = _merged_log_sum_exp(for_teacher * largest, sums)
-        mean = self.form.same_weight * for_logits * (weights * (relative + reference)).sum(0)
-        return torch.stack([row_lse, column_lse, teacher_lse, mean])
+        for span, of_span in zip((rows, columns), parts, strict=True):
+            if of_span is not None:
+                cmsa_merge.merge_statistics(
+                    running[:, slice(*span)],
+                    of_span,
+                    self.temperature,
+                    soft=self.form.soft,
+                    row_normalized=self.form.row_normalized,
+                )
 
     def target_sums(self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> tuple[Tensor, Tensor | None]:
-        parts = kernels.target_sums(self.x, self.y, self.temperature, vectors, rows, columns, two_sided=two_sided)
-        q, total, high, low = parts[0].sum(0, dtype=torch.float64).unbind()
-        for_rows = torch.stack([q, total, high + low])
-        if parts[1] is None:
-            return for_rows, None
-        q, total, high, low = parts[1].sum(0, dtype=torch.float64).unbind()
-        return for_rows, torch.stack([q, total, high + low])
+        """As `TorchTiles.target_sums`."""
+        for_rows, for_columns = kernels.target_sums(
+            self.x,
+            self.y,
+            self.temperature,
+            vectors,
+            rows,
+            columns,
+            two_sided=two_sided,
+            products=self.products(rows, columns, logits=False),
+        )
+        return _added(for_rows), None if for_columns is None else _added(for_columns)
 
     def gradients(
         self, rows: Span, columns: Span, statistics: Tensor, through_teacher: bool, two_sided: bool
     ) -> TileGradients:
+        """As `TorchTiles.gradients`; the tiles hold their factors."""
         if self._buffers is None:
-            size = min(self.block_size, len(self.x)) * len(self.x)
-            self._buffers = torch.empty(3, size, dtype=self._tile_dtype, device=self.x.device)
+            size = min(self.block_size, len(self.x)) * min(self.columns_per_visit(), len(self.x))
+            self._buffers = torch.empty(3, size, dtype=self.tile_dtype, device=self.x.device)
         height, width = rows[1] - rows[0], columns[1] - columns[0]
         logits, transposed_logits, teacher = (buffer[: height * width].view(height, width) for buffer in self._buffers)
         with_teacher = through_teacher and self.form.soft
@@ -107,14 +124,27 @@ class TritonTiles:
             soft=self.form.soft,
             row_normalized=self.form.row_normalized,
             two_sided=two_sided,
+            teacher_added=self.teacher_added,
+            products=self.products(rows, columns),
         )
-        temperature = parts.double().sum()
-        return TileGradients(logits, transposed_logits, teacher if with_teacher else None, temperature, 1.0, 1.0)
+        return TileGradients(
+            logits,
+            transposed_logits,
+            teacher if with_teacher else None,
+            parts.sum(dtype=torch.float64),
+            1.0,
+            1.0,
+            self.teacher_added and with_teacher,
+        )
 
 
-def _merged_log_sum_exp(largest: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp [n] in bits of parts [parts, n], and each part's share of it."""
-    overall = largest.amax(0)
-    scaled = sums * torch.exp2(largest - overall)
-    total = scaled.sum(0)
-    return overall + total.log2(), scaled / total
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the gradient tiles for vectors of `dtype`."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _added(parts: Tensor) -> Tensor:
+    """Parts [parts, 4, n] of the second sweep -> [3, n] float64, in a fixed order."""
+    sums = parts.sum(0, dtype=torch.float64)
+    sums[2] += sums[3]
+    return sums[:3]

@@ -18,6 +18,8 @@ REPRESENTATIVE = (
     "gate gradient R=16",
     "decode nested fold R=16",
     "small product bf16 M=1 nested",
+    "cmsa merge statistics soft",
+    "split sums add two",
 )
 
 CHECK = f"""
@@ -51,8 +53,10 @@ CORNERS = """
 import dataclasses
 from sda_fast.kernels.gate import compile_variant
 from sda_fast.kernels.moda_variants import VARIANTS as MODA
+from sda_fast.kernels.cmsa_variants import VARIANTS as CMSA
 from sda_fast.kernels.nf4_variants import VARIANTS as NF4
 of_kernel = {variant.kernel: variant for variant in (*MODA, *NF4)}
+of_kernel |= {variant.kernel: variant for variant in CMSA if not variant.tensor_cores}
 of_kernel |= {variant.kernel: variant for variant in MODA if "dropout" in variant.name}
 for variant in of_kernel.values():
     integers = [name for name, kind in variant.signature.items() if kind == "i32"]

@@ -7,11 +7,18 @@ import torch
 from sda_fast import cmsa_loss, infonce_loss
 from sda_fast.ops import cmsa
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss, naive_infonce_loss
+from sda_fast.ops.cmsa_products import forced_products
 from sda_fast.ops.cmsa_tiles import Form
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 FORMS = [{}, {"detach_teacher": True}, {"row_normalized_targets": True}, {"targets": "hard"}]
+
+
+@pytest.fixture(params=["in kernel", "library"], autouse=True)
+def way(request):
+    with forced_products(request.param):
+        yield request.param
 
 
 def naive(x, y, temperature, form):

@@ -1,0 +1,131 @@
+"""The parts that the CMSA kernels leave for an item, merged into its running statistics in float64."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sda_fast.kernels.cmsa_device import BITS_PER_NAT
+
+BLOCK_PARTS, BLOCK_ITEMS, NUM_WARPS = 16, 32, 4
+
+
+@triton.jit
+def log_add_exp2(left, right):
+    largest = tl.maximum(left, right)
+    return largest + tl.log2(tl.exp2(left - largest) + tl.exp2(right - largest))
+
+
+@triton.jit
+def part_weights(largest_ptrs, sums_ptrs, mask, overall, scale):
+    """Sums of exponentials, relative to the largest score of all parts."""
+    largest = tl.load(largest_ptrs, mask=mask, other=float("-inf")).to(tl.float64)
+    sums = tl.load(sums_ptrs, mask=mask, other=0.0).to(tl.float64)
+    return sums * tl.exp2((largest - overall[None, :]) * scale)
+
+
+@triton.jit
+def merge_statistics_kernel(
+    parts_ptr,
+    temperature_ptr,
+    running_ptr,
+    parts_count,
+    length,
+    stride_running,
+    SOFT: tl.constexpr,
+    ROW_NORMALIZED: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+):
+    items = tl.program_id(0) * BLOCK_ITEMS + tl.arange(0, BLOCK_ITEMS)
+    item_mask = items < length
+    temperature = tl.load(temperature_ptr).to(tl.float64)
+    logits_scale = BITS_PER_NAT / temperature
+    teacher_scale = temperature * (0.5 * BITS_PER_NAT)
+
+    own_largest = tl.full((BLOCK_ITEMS,), float("-inf"), tl.float32)
+    other_largest = tl.full((BLOCK_ITEMS,), float("-inf"), tl.float32)
+    teacher_largest = tl.full((BLOCK_ITEMS,), float("-inf"), tl.float32)
+    for first in range(0, parts_count, BLOCK_PARTS):
+        parts = first + tl.arange(0, BLOCK_PARTS)
+        mask = (parts < parts_count)[:, None] & item_mask[None, :]
+        ptrs = parts_ptr + parts.to(tl.int64)[:, None] * 8 * length + items[None, :]
+        own_largest = tl.maximum(own_largest, tl.max(tl.load(ptrs, mask=mask, other=float("-inf")), 0))
+        other = tl.load(ptrs + 2 * length, mask=mask, other=float("-inf"))
+        other_largest = tl.maximum(other_largest, tl.max(other, 0))
+        if SOFT:
+            teacher = tl.load(ptrs + 4 * length, mask=mask, other=float("-inf"))
+            teacher_largest = tl.maximum(teacher_largest, tl.max(teacher, 0))
+
+    own_overall = own_largest.to(tl.float64)
+    other_overall = other_largest.to(tl.float64)
+    teacher_overall = teacher_largest.to(tl.float64)
+    own_sums = tl.zeros((BLOCK_ITEMS,), tl.float64)
+    other_sums = tl.zeros((BLOCK_ITEMS,), tl.float64)
+    teacher_sums = tl.zeros((BLOCK_ITEMS,), tl.float64)
+    target_logits = tl.zeros((BLOCK_ITEMS,), tl.float64)
+    for first in range(0, parts_count, BLOCK_PARTS):
+        parts = first + tl.arange(0, BLOCK_PARTS)
+        mask = (parts < parts_count)[:, None] & item_mask[None, :]
+        ptrs = parts_ptr + parts.to(tl.int64)[:, None] * 8 * length + items[None, :]
+        own_sums += tl.sum(part_weights(ptrs, ptrs + length, mask, own_overall, logits_scale), 0)
+        other_sums += tl.sum(part_weights(ptrs + 2 * length, ptrs + 3 * length, mask, other_overall, logits_scale), 0)
+        logits = tl.load(ptrs + 6 * length, mask=mask, other=0.0).to(tl.float64)
+        if SOFT:
+            weights = part_weights(ptrs + 4 * length, ptrs + 5 * length, mask, teacher_overall, teacher_scale)
+            teacher_sums += tl.sum(weights, 0)
+            logits += tl.load(ptrs + 7 * length, mask=mask, other=0.0).to(tl.float64)
+            target_logits += tl.sum(weights * logits, 0)
+        else:
+            target_logits += tl.sum(logits, 0)
+
+    ptrs = running_ptr + items
+    own = logits_scale * own_overall + tl.log2(own_sums)
+    other = logits_scale * other_overall + tl.log2(other_sums)
+    tl.store(ptrs, log_add_exp2(tl.load(ptrs, mask=item_mask, other=0.0), own), mask=item_mask)
+    other_ptrs = ptrs + stride_running
+    tl.store(other_ptrs, log_add_exp2(tl.load(other_ptrs, mask=item_mask, other=0.0), other), mask=item_mask)
+    mean_ptrs = ptrs + 3 * stride_running
+    mean = tl.load(mean_ptrs, mask=item_mask, other=0.0)
+    if SOFT:
+        teacher_ptrs = ptrs + 2 * stride_running
+        before = tl.load(teacher_ptrs, mask=item_mask, other=0.0)
+        part = teacher_scale * teacher_overall + tl.log2(teacher_sums)
+        after = log_add_exp2(before, part)
+        part_mean = logits_scale * (target_logits / teacher_sums)
+        if not ROW_NORMALIZED:
+            part_mean *= 2.0
+        mean = mean * tl.exp2(before - after) + part_mean * tl.exp2(part - after)
+        tl.store(teacher_ptrs, after, mask=item_mask)
+    else:
+        mean += logits_scale * target_logits
+    tl.store(mean_ptrs, mean, mask=item_mask)
+
+
+def merge_statistics(
+    running: torch.Tensor, parts: torch.Tensor, temperature: torch.Tensor, *, soft: bool, row_normalized: bool
+) -> None:
+    """Add the parts of `cmsa.statistics` to some items' running statistics, in place and in a fixed order.
+
+    Args:
+        running: [4, n] float64, items adjacent: the log-sum-exps in bits of L's row, L's column and S's row, and the
+            mean under the teacher of the target logits in bits (hard targets: their sum).
+        parts: [parts, 8, n] contiguous float32.
+        temperature: one float32 on the same device.
+    """
+    length = parts.shape[2]
+    merge_statistics_kernel[(triton.cdiv(length, BLOCK_ITEMS),)](
+        parts,
+        temperature,
+        running,
+        len(parts),
+        length,
+        running.stride(0),
+        SOFT=soft,
+        ROW_NORMALIZED=row_normalized,
+        BLOCK_PARTS=BLOCK_PARTS,
+        BLOCK_ITEMS=BLOCK_ITEMS,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
