@@ -78,6 +78,7 @@ sda::PackedWeight packed_weight(const Tensor& packed, const Tensor& code, const 
 }
 
 cudaStream_t current_stream(const Tensor& tensor) {
+  STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "the library was linked against a torch without CUDA");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);

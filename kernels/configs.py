@@ -1,8 +1,8 @@
 """Launch configurations: a frozen table by kernel, element size and padded rank, and an opt-in search.
 
-Where the table comes from: tiles that compile without spills for every chip of the gate (`docs/kernels.md`). Those of 16-bit
-activations at padded rank 16 are the fastest of a search on an H200 (`bench/results/search-nvidia-h200.json`), the others
-were not timed. `search` times candidates on the device at hand; nothing calls it by itself.
+Where the table comes from: tiles that compile without spills for every chip of the gate (`docs/kernels.md`). Those of
+16-bit activations at padded rank 16 are the fastest of a search on an H200 among them
+(`bench/results/search-nvidia-h200.json`), the others were not timed. `search` times candidates on the device at hand; nothing calls it by itself.
 """
 
 from __future__ import annotations
