@@ -2,7 +2,8 @@
 
 Where the table comes from: tiles that compile without spills for every chip of the gate (`docs/kernels.md`). Those of
 16-bit activations at padded rank 16 are the fastest of a search on an H200 among them
-(`bench/results/search-nvidia-h200.json`), the others were not timed. `search` times candidates on the device at hand; nothing calls it by itself.
+(`bench/results/search-nvidia-h200.json`), the others were not timed. `search` times candidates on the device at hand;
+nothing calls it by itself.
 """
 
 from __future__ import annotations
