@@ -24,12 +24,12 @@ step() {
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name())' || exit 1
 
 step kernels 80 "$python" bench/check_kernels.py
-if "$python" -c 'import pytest' 2>/dev/null; then
-    # Compiling takes most of the time: one process per kernel, the last one for everything else.
-    parts=(project expand_add gated_linear dy_pass dx_pass decoding fold small_product)
-    rest=$(printf ' or %s' "${parts[@]}")
-    step suite 115 xargs -d '\n' -P 8 -I{} "$python" -m pytest -q -p no:cacheprovider tests/kernels tests/ops tests/moda \
-        -k {} < <(printf '%s\n' "${parts[@]}" "not (${rest# or })")
+suite=(tests/kernels/test_moda_kernels.py tests/kernels/test_nf4_kernels.py tests/csrc/test_csrc_on_gpu.py tests/ops tests/moda)
+if "$python" -c 'import xdist' 2>/dev/null; then
+    # Compiling takes most of the time.
+    step suite 115 "$python" -m pytest -p no:cacheprovider -n 12 --dist worksteal "${suite[@]}"
+elif "$python" -c 'import pytest' 2>/dev/null; then
+    step suite 115 "$python" -m pytest -p no:cacheprovider "${suite[@]}"
 else
     summary+=("suite        not run: pytest is not installed")
 fi

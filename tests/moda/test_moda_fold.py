@@ -174,8 +174,9 @@ def test_triton_agrees_to_the_bound(
     dtype: torch.dtype, shape: tuple[int, int], quantised: bool, rows: int, calls: list[str]
 ) -> None:
     # Triton's interpreter does not compute bfloat16 rightly.
-    one = layer(*shape, quantised=quantised, dtype=dtype)
-    x = torch.randn(rows, shape[1]).to(dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    one = layer(*shape, quantised=quantised, dtype=dtype).to(device)
+    x = torch.randn(rows, shape[1]).to(device, dtype)
     expected = one(x, 1)
     one.backend = "triton"
     y = evaluate(one, x, way="small product" if rows <= 64 and quantised else "fold")

@@ -50,8 +50,14 @@ def test_kernels_equal_the_formula_on_interleaved_rows(dtype, form, items, dimen
         lambda x, y, t: cmsa_loss(x, y, t, backend="triton", block_size=block_size, **form), pairs, dtype
     )
     eps = torch.finfo(torch.float32).eps
+    if dtype == torch.bfloat16:
+        # tiles of gradients are bfloat16 as well, which an element cannot be held to
+        plain = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), pairs, dtype)
+        gradient, exact = ours.pop(1).double(), truth.pop(1)
+        assert (gradient - exact).norm() <= (plain.pop(1).double() - exact).norm()
     # float32 sums, rounded once to the vectors' dtype
-    for mine, true, resolution in zip(ours, truth, (eps, torch.finfo(dtype).eps, eps), strict=True):
+    resolutions = (eps, eps) if dtype == torch.bfloat16 else (eps, torch.finfo(dtype).eps, eps)
+    for mine, true, resolution in zip(ours, truth, resolutions, strict=True):
         atol = 32 * eps * max(1.0, float(true.abs().max()))
         torch.testing.assert_close(mine.double(), true, rtol=max(resolution, 32 * eps), atol=atol)
 
