@@ -113,6 +113,26 @@ def test_half_precision_without_sums_of_the_whole_batch(form):
     torch.testing.assert_close(ours[2].double(), truth[2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("likeness", [0.0, 0.9])
+def test_error_is_no_larger_than_that_of_plain_pytorch_in_half_precision(dtype, form, likeness):
+    mine, other, scale = torch.zeros(3, 3, dtype=torch.float64)
+    for seed in range(2):
+        pairs = draw(66 + seed, 24, torch.float32)
+        pairs[1::2] = likeness * pairs[0::2] + (1 - likeness**2) ** 0.5 * pairs[1::2]
+        pairs = pairs.to(dtype)
+        truth = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), pairs, torch.float64, 3.0)
+        plain = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), pairs, dtype, 3.0)
+        ours = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, backend="triton", **form), pairs, dtype, 3.0)
+        for i in range(3):
+            mine[i] += (ours[i].double() - truth[i]).square().mean().cpu()
+            other[i] += (plain[i].double() - truth[i]).square().mean().cpu()
+            scale[i] += truth[i].square().mean().cpu()
+    floor = torch.finfo(torch.float32).eps / 2 * scale.sqrt()
+    assert (mine.sqrt() <= other.sqrt() + floor).all(), (mine.sqrt(), other.sqrt(), floor)
+
+
 def test_vectors_with_strided_dimensions():
     x, y = draw(20, 12, torch.float32)[0::2], draw(20, 12, torch.float32)[1::2]
     expected = cmsa_loss(x, y, 2.0, backend="triton")
