@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import documents_of, replace_between
+from pages import TablePage
 
 BEGIN = "<!-- tables of sda-fast bench --what cached: begin -->"
 END = "<!-- tables of sda-fast bench --what cached: end -->"
@@ -67,34 +65,6 @@ def as_markdown(document: Record, picture: str | None) -> str:
     return "\n".join([*lines, "", *(f"- {line}" for line in without_time(document))]).rstrip()
 
 
-def as_page(documents: Sequence[tuple[Record, str | None]]) -> str:
-    """The generated part of docs/cmsa.md from the results of all devices."""
-    parts = []
-    for kind, title in (("cuda", "GPU"), ("cpu", "CPU")):
-        found = [as_markdown(document, picture) for document, picture in documents if document["kind"] == kind]
-        parts += [f"## The cached step on a {title}", *(found or ["not measured"])]
-    return "\n\n".join(parts)
-
-
-def result_files(results: Path) -> list[Path]:
-    return sorted(results.glob("cached-*.json"))
-
-
-def update_page(page: Path, results: Path) -> None:
-    """Rewrite the tables of `page` from the files cached-*.json in `results`; a page without marks is an error."""
-    replace_between(page, BEGIN, END, as_page(documents_of(result_files(results))))
-
-
-def draw_all(results: Path) -> list[Path]:
-    """A picture beside every results file that has times."""
-    drawn = []
-    for path in result_files(results):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if timed(document):
-            drawn.append(draw(document, path.with_suffix(".png")))
-    return drawn
-
-
 def draw(document: Record, path: Path) -> Path:
     """Peak memory and time per item against the batch, a line per chunk size."""
     import matplotlib
@@ -123,3 +93,7 @@ def draw(document: Record, path: Path) -> Path:
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return path
+
+
+TITLES = {"cuda": "The cached step on a GPU", "cpu": "The cached step on a CPU"}
+PAGE = TablePage("cached", BEGIN, END, TITLES, as_markdown, draw)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import documents_of, replace_between
+from pages import TablePage
 
 BEGIN = "<!-- tables of sda-fast bench --what cmsa: begin -->"
 END = "<!-- tables of sda-fast bench --what cmsa: end -->"
@@ -105,34 +104,6 @@ def rates(document: Record) -> str:
     )
 
 
-def as_page(documents: Sequence[tuple[Record, str | None]]) -> str:
-    """The generated part of docs/cmsa.md from the results of all devices."""
-    parts = []
-    for kind, title in (("cuda", "GPU"), ("cpu", "CPU")):
-        found = [as_markdown(document, picture) for document, picture in documents if document["kind"] == kind]
-        parts += [f"## The losses on a {title}", *(found or ["not measured"])]
-    return "\n\n".join(parts)
-
-
-def result_files(results: Path) -> list[Path]:
-    return sorted(results.glob("cmsa-*.json"))
-
-
-def update_page(page: Path, results: Path) -> None:
-    """Rewrite the tables of `page` from the files cmsa-*.json in `results`; a page without their marks is an error."""
-    replace_between(page, BEGIN, END, as_page(documents_of(result_files(results))))
-
-
-def draw_all(results: Path) -> list[Path]:
-    """A picture beside every results file that has times."""
-    drawn = []
-    for path in result_files(results):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if any("milliseconds" in record for record in document["records"]):
-            drawn.append(draw(document, path.with_suffix(".png")))
-    return drawn
-
-
 def draw(document: Record, path: Path) -> Path:
     """Time over its floor (above) and peak memory (below) against the batch, a column per loss and D."""
     import matplotlib
@@ -174,3 +145,7 @@ def draw(document: Record, path: Path) -> Path:
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return path
+
+
+TITLES = {"cuda": "The losses on a GPU", "cpu": "The losses on a CPU"}
+PAGE = TablePage("cmsa", BEGIN, END, TITLES, as_markdown, draw)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import documents_of, replace_between
+from pages import TablePage
 
 BEGIN = "<!-- tables of sda-fast bench --what finetune: begin -->"
 END = "<!-- tables of sda-fast bench --what finetune: end -->"
@@ -64,12 +63,13 @@ def as_text(document: Record) -> str:
 
 
 def planned_lines(document: Record) -> Iterator[str]:
+    unit, _ = UNITS[document["kind"]]
     for record in timed(document):
         if "deviation" in record.get("planned", {}):
             plan = record["planned"]
             yield (
-                f"{record['method']}: planned {sized(document, plan['peak_bytes'])} GiB, "
-                f"measured {sized(document, record['peak_bytes'])} GiB, {plan['deviation']:+.1%}"
+                f"{record['method']}: planned {sized(document, plan['peak_bytes'])} {unit}, "
+                f"measured {sized(document, record['peak_bytes'])} {unit}, {plan['deviation']:+.1%}"
             )
 
 
@@ -155,34 +155,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
-def as_page(documents: Sequence[tuple[Record, str | None]]) -> str:
-    """The generated part of docs/finetune.md from the results of all devices."""
-    parts = []
-    for kind, title in (("cuda", "On a GPU, the 7B model"), ("cpu", "On a CPU, a small model")):
-        found = [as_markdown(document, picture) for document, picture in documents if document["kind"] == kind]
-        parts += [f"## {title}", *(found or ["not measured"])]
-    return "\n\n".join(parts)
-
-
-def result_files(results: Path) -> list[Path]:
-    return sorted(results.glob("finetune-*.json"))
-
-
-def update_page(page: Path, results: Path) -> None:
-    """Rewrite the tables of `page` from the files finetune-*.json in `results`; a page without marks is an error."""
-    replace_between(page, BEGIN, END, as_page(documents_of(result_files(results))))
-
-
-def draw_all(results: Path) -> list[Path]:
-    """A picture beside every results file that has times."""
-    drawn = []
-    for path in result_files(results):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if timed(document):
-            drawn.append(draw(document, path.with_suffix(".png")))
-    return drawn
-
-
 def draw(document: Record, path: Path) -> Path:
     """Step time and peak memory, a bar per method."""
     import matplotlib
@@ -207,3 +179,7 @@ def draw(document: Record, path: Path) -> Path:
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return path
+
+
+TITLES = {"cuda": "On a GPU, the 7B model", "cpu": "On a CPU, a small model"}
+PAGE = TablePage("finetune", BEGIN, END, TITLES, as_markdown, draw)

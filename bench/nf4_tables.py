@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pages import documents_of, replace_between
+from pages import TablePage
 
 BEGIN, END = "<!-- tables of sda-fast bench --what nf4: begin -->", "<!-- tables of sda-fast bench --what nf4: end -->"
 Record = dict[str, Any]
@@ -131,34 +130,6 @@ def without_time(cases: dict[str, list[Record]]) -> list[str]:
     return lines
 
 
-def as_page(documents: Sequence[tuple[Record, str | None]]) -> str:
-    """The generated part of docs/nf4.md from the results of all devices."""
-    parts = []
-    for kind, title in (("cuda", "GPU"), ("cpu", "CPU")):
-        found = [as_markdown(document, picture) for document, picture in documents if document["kind"] == kind]
-        parts += [f"## Measured on a {title}", *(found or ["not measured"])]
-    return "\n\n".join(parts)
-
-
-def result_files(results: Path) -> list[Path]:
-    return sorted(results.glob("nf4-*.json"))
-
-
-def update_page(page: Path, results: Path) -> None:
-    """Rewrite the tables of `page` from the files nf4-*.json in `results`; a page without their marks is an error."""
-    replace_between(page, BEGIN, END, as_page(documents_of(result_files(results))))
-
-
-def draw_all(results: Path) -> list[Path]:
-    """A picture beside every results file that has products."""
-    drawn = []
-    for path in result_files(results):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if any(record["part"] == "product" and "milliseconds" in record for record in document["records"]):
-            drawn.append(draw(document, path.with_suffix(".png")))
-    return drawn
-
-
 def draw(document: Record, path: Path) -> Path:
     """Time over rows beside bitsandbytes' frozen layer, one panel per layer."""
     import matplotlib
@@ -195,3 +166,11 @@ def draw(document: Record, path: Path) -> Path:
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return path
+
+
+def has_products(document: Record) -> bool:
+    return any(record["part"] == "product" and "milliseconds" in record for record in document["records"])
+
+
+TITLES = {"cuda": "Measured on a GPU", "cpu": "Measured on a CPU"}
+PAGE = TablePage("nf4", BEGIN, END, TITLES, as_markdown, draw, has_picture=has_products)

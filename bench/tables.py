@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import documents_of, replace_between
+from pages import TablePage
 
 BEGIN, END = "<!-- tables of sda-fast bench: begin -->", "<!-- tables of sda-fast bench: end -->"
 HEADER = ("method", "ms p20", "p50", "p80", "x frozen", "x PEFT", "peak MiB", "kept / x", "error")
@@ -92,35 +90,6 @@ def as_markdown(document: Record, picture: str | None) -> str:
     return "\n".join(lines).rstrip()
 
 
-def as_page(documents: Sequence[tuple[Record, str | None]]) -> str:
-    """The generated part of docs/performance.md from the results of all devices."""
-    parts = []
-    for kind, title in (("cpu", "CPU"), ("cuda", "GPU")):
-        found = [as_markdown(document, picture) for document, picture in documents if document["kind"] == kind]
-        parts += [f"## One adapted layer on a {title}", *(found or ["not measured"])]
-    return "\n\n".join(parts)
-
-
-def result_files(results: Path) -> list[Path]:
-    return sorted(results.glob("moda-*.json"))
-
-
-def update_page(page: Path, results: Path) -> None:
-    """Rewrite what stands between BEGIN and END in `page` from the files moda-*.json in `results`.
-
-    Raises:
-        ValueError: the page has no such place.
-    """
-    replace_between(page, BEGIN, END, as_page(documents_of(result_files(results))))
-
-
-def draw_all(results: Path) -> list[Path]:
-    """A picture beside every results file."""
-    return [
-        draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png")) for path in result_files(results)
-    ]
-
-
 def draw(document: Record, path: Path) -> Path:
     """Bars of forward + backward beside the frozen layer's time, one panel per case.
 
@@ -161,3 +130,7 @@ def draw(document: Record, path: Path) -> Path:
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return path
+
+
+TITLES = {"cpu": "One adapted layer on a CPU", "cuda": "One adapted layer on a GPU"}
+PAGE = TablePage("moda", BEGIN, END, TITLES, as_markdown, draw, has_picture=lambda document: True)

@@ -111,12 +111,12 @@ def run_bench(config: BenchConfig) -> str:
     lines = []
     if config.measure:
         lines.append(importlib.import_module(MODULES[config.what][0]).run(config))
-    tables = importlib.import_module(MODULES[config.what][1])
-    written = tables.result_files(output)
+    page = importlib.import_module(MODULES[config.what][1]).PAGE
+    written = page.result_files(output)
     if config.picture:
-        written += tables.draw_all(output)
+        written += page.draw_all(output)
     if config.page:
-        tables.update_page(config.page, output)
+        page.update(config.page, output)
         written.append(config.page)
     return "\n".join([*lines, "", "results: " + ", ".join(map(str, written))])
 

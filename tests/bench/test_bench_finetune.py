@@ -162,5 +162,4 @@ def test_the_plan_is_of_the_measured_batch_or_none(bench, document, tmp_path) ->
 
 def test_the_page_holds_the_tables_of_the_results_files(bench) -> None:
     page = bench_folder().parent / "docs" / "finetune.md"
-    files = bench.tables.result_files(bench_folder() / "results")
-    assert bench.tables.as_page(bench.tables.documents_of(files)) in page.read_text(encoding="utf-8")
+    assert bench.tables.PAGE.text(bench_folder() / "results") in page.read_text(encoding="utf-8")

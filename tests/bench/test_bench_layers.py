@@ -173,7 +173,7 @@ def test_a_page_without_marks_is_refused_and_left_alone(bench: SimpleNamespace, 
     page = tmp_path / "page.md"
     page.write_text("mine")
     with pytest.raises(ValueError, match="must have the lines"):
-        bench.tables.update_page(page, tmp_path)
+        bench.tables.PAGE.update(page, tmp_path)
     assert page.read_text() == "mine"
 
 

@@ -150,7 +150,7 @@ def test_the_pages_tables_are_those_of_the_results_files(module: str, page: str,
     written = bench_folder().parent / "docs" / page
     again = tmp_path / page
     again.write_text(written.read_text(encoding="utf-8"), encoding="utf-8")
-    importlib.import_module(module).update_page(again, bench_folder() / "results")
+    importlib.import_module(module).PAGE.update(again, bench_folder() / "results")
     assert again.read_text(encoding="utf-8") == written.read_text(encoding="utf-8")
 
 
