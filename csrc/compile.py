@@ -112,14 +112,8 @@ def link_command(objects: list[Path], output: Path) -> list[str]:
     names = [name for name in ("torch_cpu", "torch_cuda") if (libraries / f"lib{name}.so").exists()]
     # Only a weak symbol is wanted of torch_cuda, for which a linker would not keep it.
     return [
-        *(
-            str(find_nvcc()),
-            "-shared",
-            "-cudart=static",
-            *map(str, objects),
-            f"-L{libraries}",
-            "-Xlinker=--no-as-needed",
-        ),
+        *(str(find_nvcc()), "-shared", "-cudart=static", *map(str, objects)),
+        *(f"-L{libraries}", "-Xlinker=--no-as-needed"),
         *(f"-l{name}" for name in names),
         *("-o", str(output)),
     ]

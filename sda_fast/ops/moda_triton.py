@@ -13,6 +13,7 @@ from sda_fast.kernels.moda_forward import expand, expand_add, project, with_unit
 from sda_fast.kernels.moda_gemm import gated_linear
 from sda_fast.kernels.nf4 import decode_4bit
 from sda_fast.ops import cuda_library, regimes
+from sda_fast.ops.folding import SIXTEEN_BITS, packed_bytes
 from sda_fast.ops.moda_torch import Gradients, Member
 from sda_fast.ops.quantized import workspaces
 
@@ -65,10 +66,11 @@ def decoded(member: Member, dtype: torch.dtype) -> Tensor:
         return member.decoded(dtype)
     shape = (layout.out_features, layout.in_features)
     out = workspaces.take(layout.out_features * layout.in_features, dtype, data.device).view(shape)
-    if dtype != torch.float32 and cuda_library.is_available(data.device):
+    if dtype in SIXTEEN_BITS and cuda_library.is_available(data.device):
         return cuda_library.decode(layout, data, member.statistics, out)
-    codes = data.reshape(-1).view(torch.uint8)
-    return decode_4bit(codes, member.statistics, shape, layout.blocksize, layout.nested_blocksize, out=out)
+    return decode_4bit(
+        packed_bytes(member), member.statistics, shape, layout.blocksize, layout.nested_blocksize, out=out
+    )
 
 
 def add_update(y: Tensor, member: Member, h: Tensor, modality_ids: Tensor | None) -> Tensor:
