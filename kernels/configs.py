@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -25,9 +26,20 @@ class LaunchConfig:
     num_stages: int
 
 
+# triton.cdiv and triton.next_power_of_2 also serve device code and cost several microseconds a call on the host.
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover `size`: size / block, rounded up."""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size`, which is at least 1."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded_rank(rank: int) -> int:
     """The rank as kernels see it: the next power of two, at least 16, which is what a contraction needs."""
-    return max(16, triton.next_power_of_2(max(rank, 1)))
+    return max(16, next_power_of_2(max(rank, 1)))
 
 
 def rank_block(dtype: torch.dtype, rank: int) -> int:
@@ -87,9 +99,13 @@ def config_for(kernel: str, dtype: torch.dtype, rank: int) -> LaunchConfig:
 
 def programs_wanted(device: torch.device) -> int:
     """How many programs keep every multiprocessor busy: two each."""
-    if device.type != "cuda":
-        return 1
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if device.type != "cuda" else 2 * multiprocessors(device)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a CUDA device has; asked once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def search(launch: Callable[[LaunchConfig], object], candidates: Iterable[LaunchConfig]) -> LaunchConfig:

@@ -1,13 +1,19 @@
 """The gate of MoDA inside kernels: G[row, j] = scaling * gates[which(row), expert(j)].
 
-`which(row)` is the row itself for gates given per row, else `modality_ids[row // rows_per_sequence]`: one id per
-sequence, or per row where rows_per_sequence is 1.
+`which(row)` is the row itself for gates given per row, and 0 for one line of gates, which all rows share; else it is
+`modality_ids[row // rows_per_sequence]`: one id per sequence, or per row where rows_per_sequence is 1.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+
+def gates_are_per_row(gates: torch.Tensor | None, modality_ids: torch.Tensor | None) -> bool:
+    """Whether gates [lines, E] hold one line per row: without ids they do, unless they are one line for all."""
+    return gates is not None and modality_ids is None and gates.shape[0] != 1
 
 
 @triton.jit
@@ -15,6 +21,8 @@ def gate_rows(modality_ids_ptr, rows, row_mask, rows_per_sequence, GATE_PER_ROW:
     """The row of the gate table that belongs to each of `rows`, as int64."""
     if GATE_PER_ROW:
         return rows.to(tl.int64)
+    elif modality_ids_ptr is None:
+        return rows.to(tl.int64) * 0
     else:
         return tl.load(modality_ids_ptr + rows // rows_per_sequence, mask=row_mask, other=0).to(tl.int64)
 

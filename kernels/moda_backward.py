@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sda_fast.kernels.configs import LaunchConfig, config_for, padded_rank, programs_wanted
-from sda_fast.kernels.gating import gate_rows, load_gated
+from sda_fast.kernels.configs import LaunchConfig, cdiv, config_for, next_power_of_2, padded_rank, programs_wanted
+from sda_fast.kernels.gating import gate_rows, gates_are_per_row, load_gated
 from sda_fast.kernels.moda_forward import (
     LARGEST_RANK_BLOCK,
     launch_expand_add,
@@ -234,10 +234,10 @@ def dx_kernel(
 
 def chunks_of_rows(M: int, block_m: int, blocks_of_columns: int, device: torch.device) -> tuple[int, int]:
     """How many chunks the rows are cut into, and how many blocks of rows each chunk has."""
-    blocks_of_rows = triton.cdiv(M, block_m)
-    wanted = max(1, triton.cdiv(programs_wanted(device), blocks_of_columns))
-    blocks_per_chunk = triton.cdiv(blocks_of_rows, min(wanted, blocks_of_rows))
-    return triton.cdiv(blocks_of_rows, blocks_per_chunk), blocks_per_chunk
+    blocks_of_rows = cdiv(M, block_m)
+    wanted = max(1, cdiv(programs_wanted(device), blocks_of_columns))
+    blocks_per_chunk = cdiv(blocks_of_rows, min(wanted, blocks_of_rows))
+    return cdiv(blocks_of_rows, blocks_per_chunk), blocks_per_chunk
 
 
 def dy_pass(
@@ -279,7 +279,7 @@ def dy_pass(
     config = config or config_for("dy_pass", dy.dtype, R)
     needs_dhg = needs_dh or needs_gates
     fused = needs_dhg and padded_rank(R) <= LARGEST_FUSED_DY_RANK
-    blocks_of_columns = triton.cdiv(N, config.block_n)
+    blocks_of_columns = cdiv(N, config.block_n)
     chunks, blocks_per_chunk = chunks_of_rows(M, config.block_m, blocks_of_columns, dy.device)
     dhg_parts = torch.empty(blocks_of_columns, M, R, dtype=float32, device=device) if fused else None
     dB_parts = torch.empty(chunks, N, R, dtype=float32, device=device) if needs_dB else None
@@ -303,7 +303,7 @@ def dy_pass(
             R // E,
             scaling,
             blocks_per_chunk,
-            GATE_PER_ROW=modality_ids is None,
+            GATE_PER_ROW=gates_are_per_row(gates, modality_ids),
             NEEDS_DHG=fused,
             NEEDS_DB=needs_dB,
             BLOCK_M=config.block_m,
@@ -336,12 +336,13 @@ def _apply_gates(
 ) -> torch.Tensor | None:
     M, R = h.shape
     modalities, E = gates.shape
-    block_e, block_inner = triton.next_power_of_2(E), triton.next_power_of_2(R // E)
+    block_e, block_inner = next_power_of_2(E), next_power_of_2(R // E)
     block_m = max(1, 1024 // (block_e * block_inner))
-    programs = triton.cdiv(M, block_m)
+    programs = cdiv(M, block_m)
+    per_row = gates_are_per_row(gates, modality_ids)
     dgates = None
     if needs_gates:
-        shape = (M, E) if modality_ids is None else (programs, modalities, E)
+        shape = (M, E) if per_row else (programs, modalities, E)
         dgates = torch.empty(shape, dtype=torch.float32, device=h.device)
     gate_kernel[(programs,)](
         dhg_parts,
@@ -362,7 +363,7 @@ def _apply_gates(
         R // E,
         modalities,
         scaling,
-        GATE_PER_ROW=modality_ids is None,
+        GATE_PER_ROW=per_row,
         NEEDS_DH=dh is not None,
         NEEDS_GATES=needs_gates,
         BLOCK_M=block_m,
@@ -372,7 +373,7 @@ def _apply_gates(
         num_stages=1,
         enable_fp_fusion=True,
     )
-    return dgates if dgates is None or modality_ids is None else dgates.sum(0)
+    return dgates if dgates is None or per_row else dgates.sum(0)
 
 
 def dx_pass(
@@ -424,7 +425,7 @@ def dx_pass(
         raise ValueError("x is None but dA is wanted")
     x = with_unit_columns(activations) if needs_dA else None
     config = config or config_for("dx_pass", activations.dtype, R)
-    blocks_of_columns = triton.cdiv(K, config.block_n)
+    blocks_of_columns = cdiv(K, config.block_n)
     chunks, blocks_per_chunk = chunks_of_rows(M, config.block_m, blocks_of_columns, dh.device)
     dA_parts = torch.empty(chunks, R, K, dtype=torch.float32, device=dh.device) if needs_dA else None
     dx_kernel[(blocks_of_columns, chunks)](

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sda_fast.kernels.configs import LaunchConfig, config_for, padded_rank, programs_wanted, rank_block
-from sda_fast.kernels.gating import load_gated
+from sda_fast.kernels.configs import LaunchConfig, cdiv, config_for, padded_rank, programs_wanted, rank_block
+from sda_fast.kernels.gating import gates_are_per_row, load_gated
 from sda_fast.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
 LARGEST_RANK_BLOCK = 256
@@ -219,14 +219,14 @@ def project_partials(
     x = with_unit_columns(x)
     (M, K), R = x.shape, weight.shape[0]
     block_r = min(padded_rank(R), LARGEST_RANK_BLOCK)
-    blocks_of_rows = triton.cdiv(M, config.block_m)
-    blocks_of_ranks = triton.cdiv(R, block_r)
-    blocks_of_columns = triton.cdiv(K, config.block_n)
+    blocks_of_rows = cdiv(M, config.block_m)
+    blocks_of_ranks = cdiv(R, block_r)
+    blocks_of_columns = cdiv(K, config.block_n)
     if split_k is None:
         # A part shorter than four blocks of columns does not pay for its share of the final sum.
         split_k = min(programs_wanted(x.device) // (blocks_of_rows * blocks_of_ranks), blocks_of_columns // 4)
-    blocks_per_split = triton.cdiv(blocks_of_columns, max(1, min(split_k, blocks_of_columns)))
-    splits = max(1, triton.cdiv(blocks_of_columns, max(1, blocks_per_split)))
+    blocks_per_split = cdiv(blocks_of_columns, max(1, min(split_k, blocks_of_columns)))
+    splits = max(1, cdiv(blocks_of_columns, max(1, blocks_per_split)))
     partials = None
     if splits > 1:
         partials = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
@@ -275,7 +275,7 @@ def expand_add(
         y: [M, N], float32, float16 or bfloat16, unit column stride; rows may be strided.
         h: [M, R] float32 from `project`; may be a slice of a group's h (unit column stride).
         lora_B: [N, R], float32, float16 or bfloat16, unit column stride.
-        gates: [modalities, E], or [M, E] when modality_ids is None; R must be a multiple of E.
+        gates: [modalities, E], or [M, E] or [1, E] when modality_ids is None; R must be a multiple of E.
         modality_ids: [ceil(M / rows_per_sequence)] integers, or None.
         scaling: alpha / r.
         rows_per_sequence: how many consecutive rows share one id; 1 means one id per row.
@@ -355,7 +355,7 @@ def launch_expand_add(
         adds: False to overwrite y instead.
     """
     (M, N), R = y.shape, h.shape[1]
-    expand_add_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
+    expand_add_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
         y,
         bias,
         h,
@@ -379,7 +379,7 @@ def launch_expand_add(
         ADDS=adds,
         HAS_BIAS=bias is not None,
         IS_GATED=gates is not None,
-        GATE_PER_ROW=modality_ids is None,
+        GATE_PER_ROW=gates_are_per_row(gates, modality_ids),
         HAS_DROPOUT=dropout_threshold(dropout_p) > 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sda_fast.kernels.configs import LaunchConfig, padded_rank, rank_block
-from sda_fast.kernels.gating import load_gated
+from sda_fast.kernels.configs import LaunchConfig, cdiv, padded_rank, rank_block
+from sda_fast.kernels.gating import gates_are_per_row, load_gated
 
 BLOCK_K = 64
 # Bytes per element of the activations -> configuration
@@ -134,7 +134,7 @@ def gated_linear(
     if M == 0 or N == 0:
         return y
     config = config or CONFIGS[x.element_size()]
-    gated_linear_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
+    gated_linear_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
         x,
         weight,
         bias,
@@ -157,7 +157,7 @@ def gated_linear(
         R // gates.shape[1],
         scaling,
         HAS_BIAS=bias is not None,
-        GATE_PER_ROW=modality_ids is None,
+        GATE_PER_ROW=gates_are_per_row(gates, modality_ids),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=BLOCK_K if x.element_size() == 2 else BLOCK_K // 2,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from sda_fast.kernels import moda_backward, moda_forward, moda_gemm
@@ -35,8 +37,19 @@ STRIDES = (
 ALIGNED = (*SIZES, *STRIDES)
 
 
-def _ids(per_row: bool) -> tuple[dict[str, str], dict[str, object]]:
-    return ({}, {"modality_ids_ptr": None}) if per_row else ({"modality_ids_ptr": "*i32"}, {})
+# Whose gates a row has: those of its own id, its own line of gates, or the one line that there is.
+Gating = Literal["by id", "row gates", "one gate"]
+
+
+def _ids(gating: Gating) -> tuple[dict[str, str], dict[str, object]]:
+    per_row: dict[str, object] = {"GATE_PER_ROW": gating == "row gates"}
+    if gating == "by id":
+        return {"modality_ids_ptr": "*i32"}, per_row
+    return {}, {"modality_ids_ptr": None, **per_row}
+
+
+def _named(name: str, gating: Gating) -> str:
+    return name if gating == "by id" else f"{name} {gating}"
 
 
 def _chunks(block_m: int, blocks_of_columns: int) -> int:
@@ -94,31 +107,31 @@ def project_dy(type_name: str, rank: int) -> KernelVariant:
     )
 
 
-def expand_add(type_name: str, rank: int, per_row: bool) -> KernelVariant:
-    return _expand(f"expand_add {type_name} R={rank}" + " row gates" * per_row, type_name, rank, per_row)
+def expand_add(type_name: str, rank: int, gating: Gating = "by id") -> KernelVariant:
+    return _expand(f"expand_add {type_name} R={rank}", type_name, rank, gating)
 
 
-def expand(type_name: str, rank: int) -> KernelVariant:
-    return _expand(f"expand {type_name} R={rank} bias", type_name, rank, per_row=False, adds=False)
+def expand(type_name: str, rank: int, gating: Gating = "by id") -> KernelVariant:
+    return _expand(f"expand {type_name} R={rank} bias", type_name, rank, gating, adds=False)
 
 
 def expand_dx(type_name: str, rank: int, adds: bool) -> KernelVariant:
     name = f"dx only {type_name} R={rank} dropout" + " written" * (not adds)
-    return _expand(name, type_name, rank, per_row=True, is_gated=False, adds=adds)
+    return _expand(name, type_name, rank, is_gated=False, adds=adds)
 
 
 def _expand(
-    name: str, type_name: str, rank: int, per_row: bool, *, is_gated: bool = True, adds: bool = True
+    name: str, type_name: str, rank: int, gating: Gating = "one gate", *, is_gated: bool = True, adds: bool = True
 ) -> KernelVariant:
     has_bias = is_gated and not adds
     config = config_for("expand_add", TYPES[type_name], rank)
-    ids_signature, ids_constexprs = _ids(per_row)
+    ids_signature, ids_constexprs = _ids(gating)
     size = TYPES[type_name].itemsize
     moved = (1 + adds) * M * N * size + M * rank * 4 + N * rank * 4
     unit, strided = ("rank", "column") if is_gated else ("column", "rank")
     integers = ("M", "N", "stride_y_row", f"stride_weight_{strided}", "threshold")
     return KernelVariant(
-        name=name,
+        name=_named(name, gating) if is_gated else name,
         kernel=moda_forward.expand_add_kernel,
         signature={
             **GATE_SIGNATURE,
@@ -137,7 +150,6 @@ def _expand(
             "ADDS": adds,
             "HAS_BIAS": has_bias,
             "IS_GATED": is_gated,
-            "GATE_PER_ROW": per_row,
             "HAS_DROPOUT": not is_gated,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
@@ -193,10 +205,10 @@ def gated_linear(type_name: str, rank: int) -> KernelVariant:
     )
 
 
-def dy_pass(type_name: str, rank: int, per_row: bool) -> KernelVariant:
+def dy_pass(type_name: str, rank: int, gating: Gating = "by id") -> KernelVariant:
     config = config_for("dy_pass", TYPES[type_name], rank)
     fused = padded_rank(rank) <= moda_backward.LARGEST_FUSED_DY_RANK
-    ids_signature, ids_constexprs = _ids(per_row)
+    ids_signature, ids_constexprs = _ids(gating)
     size = TYPES[type_name].itemsize
     blocks_of_columns = -(-N // config.block_n)
     chunks = _chunks(config.block_m, blocks_of_columns)
@@ -204,7 +216,7 @@ def dy_pass(type_name: str, rank: int, per_row: bool) -> KernelVariant:
     parts = 2 * chunks * N * rank * 4 + (2 * blocks_of_columns * M * rank * 4 if fused else 0)
     integers = ("M", "N", "stride_dy_row", "stride_B_row", "blocks_per_chunk")
     return KernelVariant(
-        name=f"dy_pass {type_name} R={rank}" + ("" if fused else " dB only") + " row gates" * per_row,
+        name=_named(f"dy_pass {type_name} R={rank}" + ("" if fused else " dB only"), gating),
         kernel=moda_backward.dy_kernel,
         signature={
             **GATE_SIGNATURE,
@@ -217,7 +229,6 @@ def dy_pass(type_name: str, rank: int, per_row: bool) -> KernelVariant:
         },
         constexprs={
             **ids_constexprs,
-            "GATE_PER_ROW": per_row,
             "NEEDS_DHG": fused,
             "NEEDS_DB": True,
             "BLOCK_M": config.block_m,
@@ -234,14 +245,14 @@ def dy_pass(type_name: str, rank: int, per_row: bool) -> KernelVariant:
     )
 
 
-def gate_gradient(rank: int, per_row: bool) -> KernelVariant:
-    ids_signature, ids_constexprs = _ids(per_row)
+def gate_gradient(rank: int, gating: Gating) -> KernelVariant:
+    ids_signature, ids_constexprs = _ids(gating)
     block_inner = padded_inner = max(1, rank // EXPERTS)
     parts = N // 256
     floor = 3 * M * rank * 4
     integers = ("M", "E", "parts", "stride_dhg_part", "stride_dh_row", "modalities")
     return KernelVariant(
-        name=f"gate gradient R={rank}" + " row gates" * per_row,
+        name=_named(f"gate gradient R={rank}", gating),
         kernel=moda_backward.gate_kernel,
         signature={
             **GATE_SIGNATURE,
@@ -253,7 +264,6 @@ def gate_gradient(rank: int, per_row: bool) -> KernelVariant:
         },
         constexprs={
             **ids_constexprs,
-            "GATE_PER_ROW": per_row,
             "NEEDS_DH": True,
             "NEEDS_GATES": True,
             "BLOCK_M": max(1, 1024 // (EXPERTS * block_inner)),
@@ -318,20 +328,24 @@ VARIANTS = (
     *(project("bf16", rank, dropout) for rank in (16, 64, 256) for dropout in (False, True)),
     *(project("bf16", rank, True) for rank in (32, 128)),
     *(project_dy("bf16", rank) for rank in (64, 256)),
-    *(expand_add("bf16", rank, per_row=False) for rank in (16, 32, 64, 128, 256)),
-    expand_add("bf16", 16, per_row=True),
+    *(expand_add("bf16", rank) for rank in (16, 32, 64, 128, 256)),
+    *(expand_add("bf16", 16, gating) for gating in ("row gates", "one gate")),
     *(expand("bf16", rank) for rank in (16, 32, 64, 128, 256)),
+    *(expand("bf16", rank, "one gate") for rank in (16, 64)),
     *(gated_linear("bf16", rank) for rank in (16, 256)),
-    *(dy_pass("bf16", rank, per_row=False) for rank in (16, 32, 64, 128, 256)),
-    dy_pass("bf16", 16, per_row=True),
-    *(gate_gradient(rank, per_row) for rank in (16, 256) for per_row in (False, True)),
+    *(dy_pass("bf16", rank) for rank in (16, 32, 64, 128, 256)),
+    *(dy_pass("bf16", rank, "one gate") for rank in (16, 64)),
+    dy_pass("bf16", 16, "row gates"),
+    *(gate_gradient(rank, gating) for rank in (16, 256) for gating in ("by id", "row gates", "one gate")),
     *(dx_pass("bf16", rank, True) for rank in (16, 32, 64, 128, 256)),
     *(dx_pass("bf16", rank, True, adds=False) for rank in (16, 32, 64)),
     *(dx_pass("bf16", 16, False, adds) for adds in (True, False)),
     *(expand_dx("bf16", rank, adds) for rank in (128, 256) for adds in (True, False)),
-    *(make("fp32", rank, True) for make in (project, expand_add, dx_pass, dy_pass) for rank in (16, 32, 64, 128, 256)),
+    *(make("fp32", rank, True) for make in (project, dx_pass) for rank in (16, 32, 64, 128, 256)),
+    *(make("fp32", rank, "row gates") for make in (expand_add, dy_pass) for rank in (16, 32, 64, 128, 256)),
     expand("fp32", 16),
     expand_dx("fp32", 256, adds=True),
     gated_linear("fp32", 16),
-    *(make("fp16", 16, True) for make in (project, expand_add, dx_pass, dy_pass)),
+    *(make("fp16", 16, True) for make in (project, dx_pass)),
+    *(make("fp16", 16, "row gates") for make in (expand_add, dy_pass)),
 )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import padded_rank, programs_wanted, rank_block
-from sda_fast.kernels.gating import load_gated
+from sda_fast.kernels.gating import gates_are_per_row, load_gated
 from sda_fast.kernels.moda_forward import row_stride
 from sda_fast.kernels.nf4 import decode_tile, placement_of, unpack_statistics
 
@@ -245,7 +245,7 @@ def small_linear_4bit(
         scaling,
         HAS_BIAS=bias is not None,
         HAS_LORA=R > 0,
-        GATE_PER_ROW=modality_ids is None,
+        GATE_PER_ROW=gates_are_per_row(gates, modality_ids),
         BLOCK_M=block_m,
         BLOCK_N=FINISH_COLUMNS,
         BLOCK_R=rank_block(torch.float32, R),

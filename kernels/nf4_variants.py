@@ -110,7 +110,6 @@ def finish_product(M: int, rank: int) -> KernelVariant:
             "h_ptr": "*fp32",
             "lora_B_ptr": "*fp32",
             "gates_ptr": "*fp32",
-            "modality_ids_ptr": "*i32",
             "y_ptr": "*bf16",
             "scaling": "fp32",
             **dict.fromkeys((*integers, "stride_y_row", "rows_per_sequence", "rank_per_expert"), "i32"),
@@ -118,6 +117,7 @@ def finish_product(M: int, rank: int) -> KernelVariant:
         constexprs={
             "HAS_BIAS": True,
             "HAS_LORA": True,
+            "modality_ids_ptr": None,
             "GATE_PER_ROW": False,
             "BLOCK_M": block_m,
             "BLOCK_N": nf4_linear.FINISH_COLUMNS,

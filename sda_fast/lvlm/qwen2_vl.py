@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from sda_fast.lvlm.family import Family, accepted, sequence_positions
+from sda_fast.lvlm.family import Family, ImageFeatures, accepted, sequence_positions
+from sda_fast.lvlm.windows import windows_together
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,14 @@ class Qwen2VLFamily(Family):
         """The given bounds, or the processor's own upper bound where that is lower."""
         longest = min(max_pixels, processor.image_processor.size["longest_edge"])
         return {"size": {"shortest_edge": min(min_pixels, longest), "longest_edge": longest}}
+
+    def tower_attention(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within it the tower attends to all its windows of one length at once."""
+        return windows_together(self.base_model(model).visual.config)
+
+    def image_features(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> list[ImageFeatures]:
+        with self.tower_attention(model):
+            return super().image_features(model, batch)
 
     def position_ids(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """M-RoPE positions [3, B, T] (time, height, width); the three are equal for text."""

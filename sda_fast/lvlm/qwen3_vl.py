@@ -23,7 +23,8 @@ class Qwen3VLFamily(Qwen2VLFamily):
     model_types: tuple[str, ...] = ("qwen3_vl",)
 
     def image_features(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> list[ImageFeatures]:
-        output = self.base_model(model).get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+        with self.tower_attention(model):
+            output = self.base_model(model).get_image_features(batch["pixel_values"], batch["image_grid_thw"])
         depths = {f"{DEPTH}{depth}": flat_features(one) for depth, one in enumerate(output.deepstack_features)}
         return self.by_sequence(model, batch, features=flat_features(output.pooler_output), **depths)
 

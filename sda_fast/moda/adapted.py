@@ -34,7 +34,7 @@ class AdaptedLayer(Protocol):
     def lora_dropout(self) -> float: ...
     @property
     def modality_names(self) -> tuple[str, ...]: ...
-    def gates(self) -> Tensor: ...
+    def gates(self, modality: int | None = None) -> Tensor: ...
     def adapter_tensors(self) -> tuple[Tensor, ...]: ...
 
 
@@ -64,13 +64,14 @@ def apply_in_one(
 ) -> list[Tensor]:
     """`apply_group` by one operation, without kept weights."""
     first = layers[0]
+    modality = modality_ids if isinstance(modality_ids, int) else None
     return moda_linear_group(
         x,
         [frozen_weight(layer.base_layer) for layer in layers],
         [layer.lora_A for layer in layers],
         [layer.lora_B for layer in layers],
-        [layer.gates() for layer in layers],
-        modality_ids,
+        [layer.gates(modality) for layer in layers],
+        modality_ids if modality is None else None,
         scalings=[layer.scaling for layer in layers],
         biases=[layer.base_layer.bias for layer in layers],  # type: ignore[misc]
         dropout=first.lora_dropout if first.training else 0.0,

@@ -15,8 +15,8 @@ from torch import Tensor
 from sda_fast.atomic import write_json_atomic, write_safetensors_atomic
 from sda_fast.moda.config import MoDAConfig
 from sda_fast.moda.folder import CONFIG_FILE, WEIGHTS_FILE
-from sda_fast.moda.linear import gates_from
 from sda_fast.moda.save import AdapterMismatchError, adapted_names, named_as_in, read_adapter
+from sda_fast.ops.gates import moda_gates
 
 
 def gated_lora(tensors: dict[str, Tensor], config: MoDAConfig, modality: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -30,7 +30,7 @@ def gated_lora(tensors: dict[str, Tensor], config: MoDAConfig, modality: int) ->
     """
     result = {}
     for layer in adapted_names(tensors):
-        gates = gates_from(tensors[f"{layer}.gate_embedding"], tensors[f"{layer}.gate_proj"])[modality]
+        (gates,) = moda_gates(tensors[f"{layer}.gate_embedding"], tensors[f"{layer}.gate_proj"], modality)
         columns = gates.float().repeat_interleave(config.r // config.num_experts)
         result[layer] = (tensors[f"{layer}.lora_A"].float(), tensors[f"{layer}.lora_B"].float() * columns)
     return result

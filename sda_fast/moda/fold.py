@@ -17,7 +17,6 @@ from sda_fast.moda.adapted import AdaptedLayer, frozen_weight
 from sda_fast.ops import cuda_library
 from sda_fast.ops.folding import folded_weight
 from sda_fast.ops.moda_group import resolve_backend
-from sda_fast.ops.moda_linear import ids_and_gates
 from sda_fast.ops.moda_torch import Member
 from sda_fast.ops.quantized import describe_weight
 
@@ -94,7 +93,7 @@ def sources_of(layer: AdaptedLayer) -> list[Tensor]:
 def fold_layer(layer: AdaptedLayer, modality_id: int, dtype: torch.dtype) -> Tensor:
     """W + scaling * B diag(g) A of a layer for one modality, a new [N, K] in `dtype`."""
     layout, data, statistics = describe_weight(frozen_weight(layer.base_layer))
-    _, (gates,) = ids_and_gates(data, modality_id, [layer.gates()])
+    gates = layer.gates(modality_id)
     ranks = slice(0, layer.lora_A.shape[0])
     member = Member(layout, data, statistics, None, layer.lora_A, layer.lora_B, gates, layer.scaling, ranks)
     out = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=data.device)

@@ -13,6 +13,7 @@ from sda_fast.moda.config import check_sizes
 from sda_fast.moda.context import current_modality
 from sda_fast.moda.fold import FoldableLayer
 from sda_fast.moda.shared import SharedInput
+from sda_fast.ops.gates import moda_gates
 from sda_fast.ops.quantized import layer_kind
 
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "gate_embedding", "gate_proj")
@@ -114,9 +115,9 @@ class MoDALinear(FoldableLayer):
         """The frozen bias."""
         return self.base_layer.bias  # type: ignore[return-value]
 
-    def gates(self) -> Tensor:
-        """The mixture of every modality: [num_modalities, E], rows sum to one; float32 or wider."""
-        return gates_from(self.gate_embedding, self.gate_proj)
+    def gates(self, modality: int | None = None) -> Tensor:
+        """The mixture of one modality, [1, E], or of all, [num_modalities, E]; rows sum to one, float32 or wider."""
+        return moda_gates(self.gate_embedding, self.gate_proj, modality)
 
     def adapter_tensors(self) -> tuple[Tensor, ...]:
         """All that is trained."""
@@ -167,11 +168,3 @@ def initial_values(
         torch.randn(num_modalities, gate_dim, generator=generator),
         torch.rand(num_experts, gate_dim, generator=generator) * (2 * bound) - bound,
     )
-
-
-def gates_from(gate_embedding: Tensor, gate_proj: Tensor) -> Tensor:
-    """softmax(gate_proj gate_embedding[m]) for every modality m: [num_modalities, E], float32 or wider."""
-    dtype = torch.promote_types(gate_proj.dtype, torch.float32)
-    # Not a matrix product, which autocast would round to 16 bits.
-    logits = (gate_embedding.to(dtype)[:, None, :] * gate_proj.to(dtype)).sum(-1)
-    return torch.softmax(logits, dim=-1)

@@ -21,9 +21,10 @@ from sda_fast.moda.config import ALL_LINEAR, MoDAConfig, check_sizes
 from sda_fast.moda.context import current_modality
 from sda_fast.moda.fold import FoldableLayer
 from sda_fast.moda.inject import share_inputs, target_layers
-from sda_fast.moda.linear import gates_from, initial_values
+from sda_fast.moda.linear import initial_values
 from sda_fast.moda.save import PEFT_TYPE
 from sda_fast.moda.shared import SharedInput
+from sda_fast.ops.gates import moda_gates
 
 PARAMETERS = ("moda_A", "moda_B", "moda_gate_embedding", "moda_gate_proj")
 BASE_LAYER_SUFFIX = ".base_layer"
@@ -140,9 +141,9 @@ class MoDATunerLayer(FoldableLayer, BaseTunerLayer):
     def modality_names(self) -> tuple[str, ...]:
         return tuple(self._active("configs").modality_names)
 
-    def gates(self) -> Tensor:
-        """The mixture of every modality of the active adapter, [num_modalities, E]."""
-        return gates_from(self._active("moda_gate_embedding"), self._active("moda_gate_proj"))
+    def gates(self, modality: int | None = None) -> Tensor:
+        """The active adapter's mixture of one modality, [1, E], or of all, [num_modalities, E]."""
+        return moda_gates(self._active("moda_gate_embedding"), self._active("moda_gate_proj"), modality)
 
     def adapter_tensors(self) -> tuple[Tensor, ...]:
         """All that is trained of the active adapter."""

@@ -49,12 +49,20 @@ def reason_unavailable(device: torch.device | str = "cuda") -> str | None:
     device = torch.device(device)
     if device.type != "cuda":
         return f"it takes CUDA tensors, not those of {device.type!r}"
+    # The current device may change; that of a tensor has a number, and is asked for every decode.
+    lacking = reason_of_card.__wrapped__ if device.index is None else reason_of_card
+    return lacking(device) or load(LIBRARY_PATH)
+
+
+@cache
+def reason_of_card(device: torch.device) -> str | None:
+    """Why a CUDA device cannot run the library, None if it can; asked once."""
     if not torch.cuda.is_available():
         return "there is no CUDA device, or torch is a build without CUDA"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
-    return load(LIBRARY_PATH)
+    return None
 
 
 def is_available(device: torch.device | str = "cuda") -> bool:

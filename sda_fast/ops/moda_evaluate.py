@@ -107,9 +107,7 @@ def small_output(member: Member, x: Tensor, h: Tensor, use_library: bool) -> Ten
         h=h,
         lora_B=lora_B,
         gates=member.gates.contiguous(),
-        modality_ids=torch.zeros(1, dtype=torch.int64, device=x.device),
         scaling=member.scaling,
-        rows_per_sequence=max(1, x.shape[0]),
     )
 
 

@@ -25,13 +25,9 @@ def stacked_A(members: Sequence[Member]) -> Tensor:
     return torch.cat([member.lora_A for member in members])
 
 
-def ids_of(member: Member, modality_ids: Tensor | None, rows: int) -> tuple[Tensor | None, int]:
-    """The kernels' ids and how many rows share one; a single line of gates is one modality with id 0."""
-    if modality_ids is not None:
-        return modality_ids, max(1, rows // max(1, modality_ids.shape[0]))
-    if member.gates.shape[0] == rows:
-        return None, 1
-    return torch.zeros(1, dtype=torch.int64, device=member.gates.device), max(1, rows)
+def rows_per_id(modality_ids: Tensor | None, rows: int) -> int:
+    """How many of `rows` rows share one id."""
+    return 1 if modality_ids is None else max(1, rows // max(1, modality_ids.shape[0]))
 
 
 def forward(
@@ -80,14 +76,13 @@ def add_update(y: Tensor, member: Member, h: Tensor, modality_ids: Tensor | None
 
 def update_of(member: Member, h: Tensor, modality_ids: Tensor | None) -> dict[str, Any]:
     """(h * G) B^T as the kernels take it."""
-    ids, rows_per_id = ids_of(member, modality_ids, h.shape[0])
     return {
         "h": h,
         "lora_B": member.lora_B.contiguous(),
         "gates": member.gates.contiguous(),
-        "modality_ids": ids,
+        "modality_ids": modality_ids,
         "scaling": member.scaling,
-        "rows_per_sequence": rows_per_id,
+        "rows_per_sequence": rows_per_id(modality_ids, h.shape[0]),
     }
 
 
@@ -112,15 +107,14 @@ def backward(
     h = dh if h is None else h
     gradients = Gradients(None, None, [], [])
     for member, dy in zip(members, dys, strict=True):
-        ids, rows_per_id = ids_of(member, modality_ids, M)
         _, dB, dgates = dy_pass(
             dy,
             h[:, member.ranks],
             member.lora_B.contiguous(),
             member.gates.contiguous(),
-            ids,
+            modality_ids,
             member.scaling,
-            rows_per_sequence=rows_per_id,
+            rows_per_sequence=rows_per_id(modality_ids, M),
             needs_dh=needs_dh,
             needs_dB=needs_B,
             needs_gates=needs_gates,
