@@ -184,6 +184,54 @@ void linear_4bit(Tensor x, Tensor packed, Tensor code, Tensor absmax, OptionalTe
   check_launch(sda::linear(weight, linear, current_stream(out)));
 }
 
+sda::GatesArguments gates_arguments(const Tensor& gate_embedding, const Tensor& gate_proj, int64_t modality,
+                                    const Tensor& gates) {
+  check_dense(gate_embedding, "gate_embedding");
+  check_dense(gate_proj, "gate_proj");
+  sda::GatesArguments arguments{};
+  STD_TORCH_CHECK(gate_embedding.dim() == 2 && gate_proj.dim() == 2 && gate_embedding.size(1) == gate_proj.size(1) &&
+                      gate_embedding.scalar_type() == gate_proj.scalar_type(),
+                  "gate_embedding [modalities, gate_dim] and gate_proj [E, gate_dim] must agree in width and dtype");
+  STD_TORCH_CHECK(gate_proj.size(0) <= sda::kMaxExperts && gate_proj.numel() < (int64_t(1) << 31), gate_proj.size(0),
+                  " experts are more than ", sda::kMaxExperts);
+  STD_TORCH_CHECK(modality >= -1 && modality < gate_embedding.size(0), "there is no modality ", modality);
+  arguments.embedding = gate_embedding.const_data_ptr();
+  arguments.proj = gate_proj.const_data_ptr();
+  arguments.kind = scalar_kind(gate_proj, "gate_proj", true, false);
+  arguments.modalities = int(gate_embedding.size(0));
+  arguments.num_experts = int(gate_proj.size(0));
+  arguments.gate_dim = int(gate_proj.size(1));
+  arguments.first_modality = modality < 0 ? 0 : int(modality);
+  arguments.wanted = modality < 0 ? arguments.modalities : 1;
+  float_pointer(gates, "gates", int64_t(arguments.wanted) * arguments.num_experts);
+  arguments.gates = static_cast<float*>(gates.mutable_data_ptr());
+  return arguments;
+}
+
+void moda_gates(Tensor gate_embedding, Tensor gate_proj, int64_t modality, Tensor out) {
+  const sda::GatesArguments arguments = gates_arguments(gate_embedding, gate_proj, modality, out);
+  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+  check_launch(sda::gates(arguments, current_stream(out)));
+}
+
+void* gradient_pointer(const OptionalTensor& gradient, const Tensor& parameter, const char* name) {
+  if (!gradient.has_value()) return nullptr;
+  check_dense(*gradient, name);
+  STD_TORCH_CHECK(gradient->numel() == parameter.numel() && gradient->scalar_type() == parameter.scalar_type(), name,
+                  " must be like its parameter");
+  return gradient->mutable_data_ptr();
+}
+
+void moda_gates_backward(Tensor dgates, Tensor gates, Tensor gate_embedding, Tensor gate_proj, int64_t modality,
+                         OptionalTensor dembedding, OptionalTensor dproj) {
+  sda::GatesArguments arguments = gates_arguments(gate_embedding, gate_proj, modality, gates);
+  arguments.dgates = float_pointer(dgates, "dgates", int64_t(arguments.wanted) * arguments.num_experts);
+  arguments.dembedding = gradient_pointer(dembedding, gate_embedding, "dembedding");
+  arguments.dproj = gradient_pointer(dproj, gate_proj, "dproj");
+  const torch::stable::accelerator::DeviceGuard guard(gates.get_device_index());
+  check_launch(sda::gates_backward(arguments, current_stream(gates)));
+}
+
 }  // namespace
 
 #define SDA_WEIGHT_SCHEMA                                                                           \
@@ -196,10 +244,15 @@ STABLE_TORCH_LIBRARY(sda_fast_cuda, library) {
               "Tensor lora_A, Tensor lora_B, Tensor gates, float scaling, Tensor(a!) out) -> ()");
   library.def("linear_4bit(Tensor x, " SDA_WEIGHT_SCHEMA
               "Tensor? bias, Tensor? hidden, Tensor? lora_B, Tensor? gates, float scaling, float code_multiplier, Tensor(a!) out, int splits=0) -> ()");
+  library.def("moda_gates(Tensor gate_embedding, Tensor gate_proj, int modality, Tensor(a!) out) -> ()");
+  library.def("moda_gates_backward(Tensor dgates, Tensor gates, Tensor gate_embedding, Tensor gate_proj, int modality, "
+              "Tensor(a!)? dembedding, Tensor(b!)? dproj) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sda_fast_cuda, CUDA, library) {
   library.impl("decode_4bit", TORCH_BOX(&decode_4bit));
   library.impl("decode_fold_4bit", TORCH_BOX(&decode_fold_4bit));
   library.impl("linear_4bit", TORCH_BOX(&linear_4bit));
+  library.impl("moda_gates", TORCH_BOX(&moda_gates));
+  library.impl("moda_gates_backward", TORCH_BOX(&moda_gates_backward));
 }

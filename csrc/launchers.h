@@ -48,4 +48,23 @@ bool linear_has_fast_path(const PackedWeight& weight, const LinearArguments& arg
 int linear_splits(const PackedWeight& weight, const LinearArguments& arguments, int wanted);
 cudaError_t linear(const PackedWeight& weight, const LinearArguments& arguments, cudaStream_t stream);
 
+// gates [wanted, E] = softmax(proj embedding[m]) of the modalities m from first_modality on, and their gradients.
+constexpr int kMaxExperts = 256;
+struct GatesArguments {
+  const void* embedding;  // [modalities, gate_dim]
+  const void* proj;       // [E, gate_dim]
+  float* gates;           // [wanted, E], which gates_backward reads
+  const float* dgates;    // [wanted, E], for gates_backward
+  void* dembedding;       // [modalities, gate_dim], zero for what is not wanted, or null
+  void* dproj;            // [E, gate_dim], or null
+  ScalarKind kind;        // of the parameters and their gradients, bfloat16 or float32
+  int modalities;
+  int num_experts;        // at most kMaxExperts
+  int gate_dim;
+  int first_modality;
+  int wanted;
+};
+cudaError_t gates(const GatesArguments& arguments, cudaStream_t stream);
+cudaError_t gates_backward(const GatesArguments& arguments, cudaStream_t stream);
+
 }  // namespace sda

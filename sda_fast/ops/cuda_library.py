@@ -1,12 +1,14 @@
-"""The optional CUDA library built from csrc/: whether it is there, and its three operations on described weights.
+"""The optional CUDA library built from csrc/: whether it is there, and its operations on described weights and on gates.
 
 Nothing is loaded at import. The library writes into tensors that the caller gives and knows no autograd; the operations
-of this package decide when to call it. Everything here also exists in Triton (sda_fast.kernels.nf4).
+of this package decide when to call it. Everything here also exists without it: in Triton (sda_fast.kernels.nf4), the
+gates in PyTorch.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from sda_fast.ops.quantized import QUANT_TYPES, WeightLayout
 logger = logging.getLogger(__name__)
 
 LIBRARY_PATH = Path(__file__).with_name("libsda_fast_cuda.so")
-OPERATIONS = ("decode_4bit", "decode_fold_4bit", "linear_4bit")
+OPERATIONS = ("decode_4bit", "decode_fold_4bit", "linear_4bit", "moda_gates", "moda_gates_backward")
+LARGEST_EXPERTS = 256
 # The code is rounded to 16 bits as code * multiplier, and the multiplier divided out of the float32 sum: those of NF4
 # leave the least rounding error of its 16 values, less than half of a decoded weight's; FP4 becomes exact.
 CODE_MULTIPLIERS = {
@@ -162,3 +165,50 @@ def linear(
     update = (hidden, lora_B, gates, scaling)
     torch.ops.sda_fast_cuda.linear_4bit(x.contiguous(), *weight, bias, *update, multiplier, out, splits)
     return out
+
+
+def takes_gates(gate_embedding: Tensor, gate_proj: Tensor) -> bool:
+    """Whether `gates` and `gates_backward` can be given these parameters here."""
+    return (
+        gate_proj.dtype in (torch.float32, torch.bfloat16)
+        and gate_embedding.dtype == gate_proj.dtype
+        and gate_proj.shape[0] <= LARGEST_EXPERTS
+        and is_available(gate_proj.device)
+    )
+
+
+def gates(gate_embedding: Tensor, gate_proj: Tensor, modality: int) -> Tensor:
+    """softmax(gate_proj gate_embedding[m]) in one launch.
+
+    Args:
+        gate_embedding, gate_proj: [modalities, gate_dim] and [E, gate_dim], which `takes_gates`.
+        modality: the one that is wanted; -1 for all.
+    Returns:
+        [1, E] or [modalities, E] float32.
+    """
+    rows = gate_embedding.shape[0] if modality < 0 else 1
+    out = torch.empty(rows, gate_proj.shape[0], dtype=torch.float32, device=gate_proj.device)
+    torch.ops.sda_fast_cuda.moda_gates(gate_embedding.contiguous(), gate_proj.contiguous(), modality, out)
+    return out
+
+
+def gates_backward(
+    dgates: Tensor, gates: Tensor, gate_embedding: Tensor, gate_proj: Tensor, modality: int, needs: Sequence[bool]
+) -> list[Tensor]:
+    """The wanted ones of the gradients of gate_embedding and gate_proj, in one launch.
+
+    Args:
+        dgates, gates: [1, E] or [modalities, E] float32, the gradient and what `gates` gave.
+        gate_embedding, gate_proj, modality: as in `gates`.
+        needs: for each of the two parameters whether its gradient is wanted.
+    Returns:
+        In the parameters' shapes and dtype.
+    """
+    both = [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
+        for tensor, needed in zip((gate_embedding, gate_proj), needs, strict=True)
+    ]
+    torch.ops.sda_fast_cuda.moda_gates_backward(
+        dgates.float().contiguous(), gates, gate_embedding.contiguous(), gate_proj.contiguous(), modality, *both
+    )
+    return [gradient for gradient in both if gradient is not None]

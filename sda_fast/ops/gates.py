@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sda_fast.ops import cuda_library
 from sda_fast.ops.moda_group import without_autocast
 from sda_fast.ops.moda_torch import wide
 
@@ -53,6 +54,8 @@ def wanted_rows(gate_embedding: Tensor, modality: int) -> Tensor:
 
 
 def moda_gates_kernel(gate_embedding: Tensor, gate_proj: Tensor, modality: int) -> Tensor:
+    if gate_proj.is_cuda and cuda_library.takes_gates(gate_embedding, gate_proj):
+        return cuda_library.gates(gate_embedding, gate_proj, modality)
     dtype = wide(gate_proj.dtype)
     with without_autocast(gate_proj.device):
         # Not a matrix product, which may round to fewer bits on a GPU.
@@ -64,6 +67,8 @@ def moda_gates_backward_kernel(
     dgates: Tensor, gates: Tensor, gate_embedding: Tensor, gate_proj: Tensor, modality: int, needs: list[bool]
 ) -> list[Tensor]:
     """The wanted ones of the gradients of gate_embedding and gate_proj, in their dtypes."""
+    if gate_proj.is_cuda and cuda_library.takes_gates(gate_embedding, gate_proj):
+        return cuda_library.gates_backward(dgates, gates, gate_embedding, gate_proj, modality, needs)
     needs_embedding, needs_proj = needs
     wanted: list[Tensor] = []
     with without_autocast(gates.device):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL_FILES = ("decode.cu", "decode_fold.cu", "linear.cu")
+KERNEL_FILES = ("decode.cu", "decode_fold.cu", "linear.cu", "gates.cu")
 SCALAR_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -96,6 +96,30 @@ class EmulatedKernels:
             ctypes.c_int64(rows),
             ctypes.c_int64(columns),
             splits,
+        )
+
+    def gates(self, embedding, proj, modality) -> torch.Tensor:
+        """What `cuda_library.gates` returns."""
+        wanted = embedding.shape[0] if modality < 0 else 1
+        out = torch.full((wanted, proj.shape[0]), float("nan"))
+        self._gates(embedding, proj, modality, out)
+        return out
+
+    def gates_backward(self, dgates, gates, embedding, proj, modality, needs) -> list[torch.Tensor | None]:
+        """The gradients of embedding and proj, None for those that are not wanted."""
+        gradients = [
+            torch.full_like(one, float("nan")) if needed else None
+            for one, needed in zip((embedding, proj), needs, strict=True)
+        ]
+        self._gates(embedding, proj, modality, gates, dgates, *gradients)
+        return gradients
+
+    def _gates(self, embedding, proj, modality, gates, dgates=None, dembedding=None, dproj=None) -> None:
+        tensors = (embedding, proj, gates, dgates, dembedding, dproj)
+        self.library.emulated_gates(
+            *(ctypes.c_void_p(pointer(tensor)) for tensor in tensors),
+            SCALAR_KINDS[proj.dtype],
+            *(*embedding.shape, proj.shape[0], modality),
         )
 
 

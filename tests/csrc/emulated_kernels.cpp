@@ -67,4 +67,22 @@ int emulated_linear(const WeightArguments* weight, const void* x, const void* bi
   sda::linear(packed, arguments, nullptr);
   return arguments.splits;
 }
+
+// The gradients where dgates are given, else the gates.
+int emulated_gates(const void* embedding, const void* proj, void* gates, const void* dgates, void* dembedding, void* dproj,
+                   int kind, int modalities, int gate_dim, int num_experts, int modality) {
+  const sda::GatesArguments arguments{embedding,
+                                      proj,
+                                      static_cast<float*>(gates),
+                                      static_cast<const float*>(dgates),
+                                      dembedding,
+                                      dproj,
+                                      sda::ScalarKind(kind),
+                                      modalities,
+                                      num_experts,
+                                      gate_dim,
+                                      modality < 0 ? 0 : modality,
+                                      modality < 0 ? modalities : 1};
+  return dgates == nullptr ? sda::gates(arguments, nullptr) : sda::gates_backward(arguments, nullptr);
+}
 }

@@ -23,6 +23,8 @@ REGISTER_LIMITS = {
     "decode_fold_any_kernel": 64,
     "linear_any_kernel": 64,
     "linear_finish_kernel": 64,
+    "gates_kernel": 64,
+    "gates_backward_kernel": 64,
 }
 LINEAR_REGISTER_LIMITS = {1: 85, 2: 128, 4: 128, 8: 255}
 ENTRY = re.compile(
@@ -119,6 +121,6 @@ def test_binding_registers_its_operations_through_the_stable_abi(objects, compil
     script = [sys.executable, "-c", LOAD_AND_LIST, str(library)]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for operation in ("decode_4bit", "decode_fold_4bit", "linear_4bit"):
+    for operation in ("decode_4bit", "decode_fold_4bit", "linear_4bit", "moda_gates", "moda_gates_backward"):
         assert f"sda_fast_cuda::{operation}(" in done.stdout
     assert "CPU tensors refused" in done.stdout

@@ -1,4 +1,5 @@
-"""The CUDA library on a real GPU: decode as bitsandbytes does, the fold and the small product against float64."""
+"""The CUDA library on a real GPU: decode as bitsandbytes does, the fold and the small product against float64,
+the gates against a CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sda_fast.ops import cuda_library
+from sda_fast.ops.gates import moda_gates
 from sda_fast.ops.quantized import describe_weight
 
 if not cuda_library.is_available("cuda"):
@@ -71,3 +73,18 @@ def test_the_small_product_is_no_worse_than_decode_and_multiply(shape, M, dtype)
     truth = x.double() @ exact.double().t() + bias.double() + (h.double() * ranks.double()) @ lora_B.double().t()
     plain = torch.nn.functional.linear(x, exact.to(dtype), bias) + ((h * ranks) @ lora_B.t()).to(dtype)
     assert (y.double() - truth).norm() <= LARGEST_ERROR * (plain.double() - truth).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("modality", [None, 1])
+def test_gates_and_their_gradients_equal_those_of_a_cpu(modality, dtype) -> None:
+    on_cpu = [torch.randn(*shape).to(dtype).requires_grad_() for shape in ((2, 64), (8, 64))]
+    on_gpu = [tensor.detach().cuda().requires_grad_() for tensor in on_cpu]
+    assert cuda_library.takes_gates(*on_gpu)
+    expected, gates = moda_gates(*on_cpu, modality), moda_gates(*on_gpu, modality)
+    torch.testing.assert_close(gates.cpu(), expected)
+    dgates = torch.linspace(-1, 1, gates.numel()).view(gates.shape)
+    for one, other in zip(
+        torch.autograd.grad(gates, on_gpu, dgates.cuda()), torch.autograd.grad(expected, on_cpu, dgates), strict=True
+    ):
+        torch.testing.assert_close(one.cpu(), other, atol=1e-6, rtol=torch.finfo(dtype).eps * 4)
