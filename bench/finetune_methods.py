@@ -28,6 +28,7 @@ class Variant:
         adapt: puts adapters into a frozen model.
         chunk_size: items encoded at a time; None: the whole batch.
         tower_cached: all pictures are in the tower cache before the first step.
+        compiled: the decoder's layers are compiled.
         autocast: run the step under bf16 autocast.
         steps, warm_ups: timed, and before them.
         profiled: times of kernels are taken in one step more.
@@ -38,6 +39,7 @@ class Variant:
     chunk_size: int | None = None
     tower_cached: bool = False
     gradient_checkpointing: bool = True
+    compiled: bool = False
     autocast: bool = False
     steps: int = 5
     warm_ups: int = 2
@@ -108,6 +110,7 @@ VARIANTS = (
     Variant(PEFT, peft_lora),
     Variant(LOOP, expert_loop, steps=3, warm_ups=1),
     Variant(FROZEN, no_adapter, profiled=True),
+    Variant("MoDA, compiled", moda, compiled=True, warm_ups=4, profiled=True),
     Variant("MoDA, tower cached", moda, tower_cached=True),
     Variant("MoDA, chunks of 4", moda, chunk_size=4, steps=3, warm_ups=1),
     Variant(PEFT_AUTOCAST, peft_lora, autocast=True),

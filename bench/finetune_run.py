@@ -32,6 +32,7 @@ from sda_fast.lvlm.collate import ImageOptions
 from sda_fast.lvlm.load import LVLM
 from sda_fast.lvlm.packing import packed_modalities
 from sda_fast.lvlm.tower_cache import TowerCache
+from sda_fast.moda.compiling import compiled_layers
 from sda_fast.ops.quantized import workspaces
 from sda_fast.timing import percentile
 
@@ -127,7 +128,9 @@ def measure(world: World, variant: Variant, seconds: float) -> Record:
     times, losses, peaks, batches = [], [], [], []
     checkpointing = steps.config.gradient_checkpointing
     try:
-        with training_mode(steps.state.lvlm, gradient_checkpointing=checkpointing):
+        lvlm = steps.state.lvlm
+        compiled = compiled_layers(lvlm.language_model) if variant.compiled else contextlib.nullcontext()
+        with training_mode(lvlm, gradient_checkpointing=checkpointing), compiled:
             for number in range(variant.warm_ups + variant.steps):
                 late = time.perf_counter() - began > seconds
                 if late and number >= variant.warm_ups + LEAST_STEPS:

@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from sda_fast.losses.distributed import sum_gradients
 from sda_fast.lvlm.collate import ImageOptions
 from sda_fast.lvlm.packing import packed_modalities
 from sda_fast.lvlm.tower_cache import TowerCache
+from sda_fast.moda.compiling import compiled_layers
 
 __all__ = ["ConfigMismatchError", "FinetuneConfig", "FinetuneResult", "NonFiniteLossError", "finetune", "preset"]
 
@@ -184,7 +186,11 @@ def _train(
     )
     tokens: Counter[str] = Counter()
     try:
-        with training_mode(state.lvlm, gradient_checkpointing=config.gradient_checkpointing):
+        decoder = state.lvlm.language_model
+        with (
+            training_mode(state.lvlm, gradient_checkpointing=config.gradient_checkpointing),
+            compiled_layers(decoder) if config.compile else nullcontext(),
+        ):
             if config.chunk_size == "auto" and state.step == 0:
                 state.chunk_size = fitting_chunk_size(contrastive_step, maker, catalogue.items, mine.stop - mine.start)
                 logger.info("chunk size: %s", state.chunk_size or "the whole batch")

@@ -1,4 +1,4 @@
-"""The optional CUDA library built from csrc/: whether it is there, and its operations on described weights and on gates.
+"""The optional CUDA library built from csrc/: whether it is there, and its operations on described weights and gates.
 
 Nothing is loaded at import. The library writes into tensors that the caller gives and knows no autograd; the operations
 of this package decide when to call it. Everything here also exists without it: in Triton (sda_fast.kernels.nf4), the

@@ -279,3 +279,18 @@ def test_learning_rate_schedules():
 def test_more_items_in_a_batch_than_in_the_catalogue_is_an_error(finetune_config):
     with pytest.raises(ValueError, match=r"25 .* 24 items"):
         finetune(finetune_config(batch_size=25))
+
+
+def test_compiled_layers_change_nothing(finetune_config, tmp_path, monkeypatch):
+    compiled_layers = train.compiled_layers
+    backends = []
+
+    def without_code_generation(decoder):
+        backends.append("aot_eager")
+        return compiled_layers(decoder, "aot_eager")
+
+    monkeypatch.setattr(train, "compiled_layers", without_code_generation)
+    plain = finetune(finetune_config(output=tmp_path / "plain", steps=3))
+    compiled = finetune(finetune_config(output=tmp_path / "compiled", steps=3, compile=True))
+    assert backends == ["aot_eager"]
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
