@@ -14,7 +14,7 @@ from sda_fast.ops import cuda_library, moda_torch
 from sda_fast.ops.fold_regimes import evaluation_way
 from sda_fast.ops.folding import float32_unless_bfloat16, folded_weight, packed_bytes
 from sda_fast.ops.moda_group import empty_outputs, library, members_of, without_autocast
-from sda_fast.ops.moda_torch import Member, wide
+from sda_fast.ops.moda_torch import Member
 from sda_fast.ops.quantized import QUANT_NAMES, workspaces
 
 library.define(
@@ -70,11 +70,12 @@ def moda_evaluate_fake(
 
 def project(x: Tensor, members: Sequence[Member], backend: str) -> Tensor:
     """h = x A^T of all layers, [M, sum of R]."""
+    lora_A = [member.lora_A for member in members]
     if backend == "triton":
         from sda_fast.ops import moda_triton
 
-        return moda_triton.project(x, moda_triton.stacked_A(members))
-    return (x @ moda_torch.stacked_A(members, x.dtype).t()).to(wide(x.dtype))
+        return moda_triton.hidden(x, lora_A, 0.0, None)
+    return moda_torch.hidden(x, lora_A, 0.0, None)[0]
 
 
 def folded_output(member: Member, x: Tensor, backend: str, use_library: bool) -> Tensor:

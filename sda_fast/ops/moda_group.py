@@ -12,13 +12,11 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sda_fast.ops import moda_torch
 from sda_fast.ops.moda_torch import Gradients, Member
@@ -33,6 +31,14 @@ library = torch.library.Library("sda_fast", "FRAGMENT")
 library.define(
     "moda_group(Tensor x, Tensor[] frozen, Tensor[] adapters, int[] layouts, float[] scalings, Tensor? modality_ids, "
     "float dropout, Tensor? seed, str backend) -> (Tensor[] y, Tensor h, Tensor bits)"
+)
+library.define(
+    "moda_group_hidden(Tensor x, Tensor[] adapters, float dropout, Tensor? seed, str backend)"
+    " -> (Tensor h, Tensor bits)"
+)
+library.define(
+    "moda_group_outputs(Tensor x, Tensor h, Tensor[] frozen, Tensor[] adapters, int[] layouts, float[] scalings, "
+    "Tensor? modality_ids, str backend) -> Tensor[] y"
 )
 library.define(
     "moda_group_backward(Tensor[] dy, Tensor? x, Tensor? h, Tensor? bits, Tensor[] frozen, Tensor[] adapters, "
@@ -122,14 +128,41 @@ def moda_group_kernel(
     backend: str,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """`moda_group` on CPU and CUDA."""
+    h, bits = moda_group_hidden_kernel(x, adapters, dropout, seed, backend)
+    return moda_group_outputs_kernel(x, h, frozen, adapters, layouts, scalings, modality_ids, backend), h, bits
+
+
+def moda_group_hidden_kernel(
+    x: Tensor, adapters: list[Tensor], dropout: float, seed: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`moda_group_hidden` on CPU and CUDA: all that `moda_group` keeps for backward."""
+    with without_autocast(x.device):
+        if backend == "triton":
+            from sda_fast.ops import moda_triton
+
+            return moda_triton.hidden(x, adapters[::3], dropout, seed), x.new_empty(0, dtype=torch.uint8)
+        h, bits = moda_torch.hidden(x, adapters[::3], dropout, seed)
+        return h, bits if keeps_bits(x, dropout, backend) else bits.new_empty(0)
+
+
+def moda_group_outputs_kernel(
+    x: Tensor,
+    h: Tensor,
+    frozen: list[Tensor],
+    adapters: list[Tensor],
+    layouts: list[int],
+    scalings: list[float],
+    modality_ids: Tensor | None,
+    backend: str,
+) -> list[Tensor]:
+    """`moda_group_outputs` on CPU and CUDA: y of every layer."""
     members = members_of(frozen, adapters, layouts, scalings)
     with without_autocast(x.device):
         if backend == "triton":
             from sda_fast.ops import moda_triton
 
-            return moda_triton.forward(x, members, modality_ids, dropout, seed)
-        outputs, h, bits = moda_torch.forward(x, members, modality_ids, dropout, seed)
-        return outputs, h, bits if keeps_bits(x, dropout, backend) else bits.new_empty(0)
+            return [moda_triton.output_of(member, x, h[:, member.ranks], modality_ids) for member in members]
+        return [moda_torch.output_of(member, x, h[:, member.ranks], modality_ids) for member in members]
 
 
 def moda_group_backward_kernel(
@@ -178,6 +211,8 @@ def flat_gradients(gradients: Gradients, members: list[Member]) -> list[Tensor]:
 
 for device_key in ("CPU", "CUDA"):
     library.impl("moda_group", moda_group_kernel, device_key)
+    library.impl("moda_group_hidden", moda_group_hidden_kernel, device_key)
+    library.impl("moda_group_outputs", moda_group_outputs_kernel, device_key)
     library.impl("moda_group_backward", moda_group_backward_kernel, device_key)
 
 
@@ -193,11 +228,31 @@ def moda_group_fake(
     seed: Tensor | None,
     backend: str,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    return empty_outputs(x, layouts), *moda_group_hidden_fake(x, adapters, dropout, seed, backend)
+
+
+@torch.library.register_fake("sda_fast::moda_group_hidden", lib=library)
+def moda_group_hidden_fake(
+    x: Tensor, adapters: list[Tensor], dropout: float, seed: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
     M, K = x.shape
-    y = empty_outputs(x, layouts)
     h = x.new_empty(M, sum(lora_A.shape[0] for lora_A in adapters[::3]), dtype=moda_torch.wide(x.dtype))
     shape = (M, (K + 7) // 8) if keeps_bits(x, dropout, backend) else (0,)
-    return y, h, x.new_empty(shape, dtype=torch.uint8)
+    return h, x.new_empty(shape, dtype=torch.uint8)
+
+
+@torch.library.register_fake("sda_fast::moda_group_outputs", lib=library)
+def moda_group_outputs_fake(
+    x: Tensor,
+    h: Tensor,
+    frozen: list[Tensor],
+    adapters: list[Tensor],
+    layouts: list[int],
+    scalings: list[float],
+    modality_ids: Tensor | None,
+    backend: str,
+) -> list[Tensor]:
+    return empty_outputs(x, layouts)
 
 
 def empty_outputs(x: Tensor, layouts: list[int]) -> list[Tensor]:
@@ -235,118 +290,3 @@ def moda_group_backward_fake(
     flat += [torch.empty_like(lora_B, memory_format=torch.contiguous_format) for lora_B in adapters[1::3] if needs_B]
     flat += [torch.empty_like(gate, memory_format=torch.contiguous_format) for gate in adapters[2::3] if needs_gates]
     return flat
-
-
-@dataclass(frozen=True)
-class Constants:
-    """The arguments of `moda_group` that are not tensors."""
-
-    layouts: list[int]
-    scalings: list[float]
-    dropout: float
-    backend: str
-
-
-class MoDAGroup(torch.autograd.Function):
-    """The autograd formula of `moda_group`; `tensors` are the frozen ones and the adapters."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, constants: Constants, x: Tensor, modality_ids: Tensor | None, seed: Tensor | None, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        count = len(constants.scalings)
-        frozen, adapters = tensors[: -3 * count], tensors[-3 * count :]
-        y, h, bits = below_autograd(x, frozen, adapters, modality_ids, seed, constants)
-        ctx.mark_non_differentiable(h, bits)
-        ctx.set_materialize_grads(False)
-        of_adapters = ctx.needs_input_grad[-3 * count :]
-        needs_x, needs_A, needs_B, needs_gates = ctx.needs = [
-            ctx.needs_input_grad[1],
-            *(any(of_adapters[first::3]) for first in range(3)),
-        ]
-        ctx.constants, ctx.rows = constants, x.shape[0]
-        needs_mask = constants.dropout > 0 and (needs_x or needs_A)
-        kept_bits = bits if needs_mask and keeps_bits(x, constants.dropout, constants.backend) else None
-        ctx.save_for_backward(
-            x if needs_A else None,
-            h if needs_B or needs_gates else None,
-            kept_bits,
-            modality_ids,
-            seed if needs_mask and kept_bits is None else None,
-            *tensors,
-        )
-        return *y, h, bits
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        x, h, bits, modality_ids, seed, *tensors = ctx.saved_tensors
-        constants = ctx.constants
-        count = len(constants.scalings)
-        frozen, adapters = tensors[: -3 * count], tensors[-3 * count :]
-        dy = gradients[:count]
-        given = next((gradient for gradient in dy if gradient is not None), None)
-        if given is None:
-            return (None,) * (4 + len(tensors))
-        complete = [
-            given.new_zeros(ctx.rows, layout.out_features) if gradient is None else gradient
-            for gradient, (layout, _) in zip(dy, split_layouts(constants.layouts), strict=True)
-        ]
-        needs_x, needs_A, needs_B, needs_gates = ctx.needs
-        flat = torch.ops.sda_fast.moda_group_backward(
-            complete, x, h, bits, frozen, adapters, constants.layouts, constants.scalings, modality_ids,
-            constants.dropout, seed, ctx.needs, constants.backend,
-        )  # fmt: skip
-        left = iter(flat)
-        dx = next(left) if needs_x else None
-        of_adapters: list[Tensor | None] = [None] * (3 * count)
-        if needs_A:
-            parts = next(left).split([lora_A.shape[0] for lora_A in adapters[::3]])
-            of_adapters[::3] = [part.to(lora_A.dtype) for part, lora_A in zip(parts, adapters[::3], strict=True)]
-        if needs_B:
-            of_adapters[1::3] = islice(left, count)
-        if needs_gates:
-            of_adapters[2::3] = islice(left, count)
-        return None, dx, None, None, *[None] * len(frozen), *of_adapters
-
-
-def below_autograd(
-    x: Tensor,
-    frozen: Sequence[Tensor],
-    adapters: Sequence[Tensor],
-    modality_ids: Tensor | None,
-    seed: Tensor | None,
-    constants: Constants,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """`moda_group` for the keys after autograd."""
-    c = constants
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.sda_fast.moda_group(
-            x, frozen, adapters, c.layouts, c.scalings, modality_ids, c.dropout, seed, c.backend
-        )
-
-
-def moda_group_autograd(
-    x: Tensor,
-    frozen: list[Tensor],
-    adapters: list[Tensor],
-    layouts: list[int],
-    scalings: list[float],
-    modality_ids: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """`moda_group` where gradients may be wanted.
-
-    Written out because `torch.library.register_autograd` takes lists of tensors apart and together in Python several
-    times per call, which costs more than the products of a small layer.
-    """
-    constants = Constants(layouts, scalings, dropout, backend)
-    if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in adapters)):
-        *y, h, bits = MoDAGroup.apply(constants, x, modality_ids, seed, *frozen, *adapters)
-        return y, h, bits
-    return below_autograd(x, frozen, adapters, modality_ids, seed, constants)
-
-
-library.impl("moda_group", moda_group_autograd, "Autograd")

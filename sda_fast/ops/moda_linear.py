@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sda_fast.ops import moda_evaluate  # noqa: F401  (defines an operation)
+from sda_fast.ops import moda_autograd, moda_evaluate  # noqa: F401  (define operations and gradients)
 from sda_fast.ops.moda_group import layout_numbers, resolve_backend
 from sda_fast.ops.quantized import describe_weight
 

@@ -54,11 +54,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def stacked_A(members: Sequence[Member], dtype: torch.dtype) -> Tensor:
-    """The A of all members in one [sum of R, K] matrix."""
-    if len(members) == 1:
-        return members[0].lora_A.to(dtype)
-    return torch.cat([member.lora_A.to(dtype) for member in members])
+def stacked_A(lora_A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The A of all layers in one [sum of R, K] matrix."""
+    return in_one([one.to(dtype) for one in lora_A])
 
 
 def gate_of_ranks(member: Member, modality_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -92,20 +90,16 @@ def in_one(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def forward(
-    x: Tensor, members: Sequence[Member], modality_ids: Tensor | None, dropout: float, seed: Tensor | None
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """y of every member, h of all [M, sum of R], and the packed dropout mask (empty without dropout)."""
-    lora_A = stacked_A(members, x.dtype)
-    if dropout > 0:
-        assert seed is not None
-        bits = keep_bits(x.shape[0], x.shape[1], dropout, seed)
-        parts = [drop(x[rows], bits[rows]) @ lora_A.t() for rows in row_chunks(*x.shape)]
-        h = in_one(parts).to(wide(x.dtype)).mul_(dropout_scale(dropout))
-    else:
+def hidden(x: Tensor, lora_A: Sequence[Tensor], dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """h = dropout(x) A^T of all layers [M, sum of R], and the packed dropout mask (empty without dropout)."""
+    stacked = stacked_A(lora_A, x.dtype)
+    if dropout == 0:
         bits = torch.empty(0, dtype=torch.uint8, device=x.device)
-        h = (x @ lora_A.t()).to(wide(x.dtype))
-    return [output_of(member, x, h[:, member.ranks], modality_ids) for member in members], h, bits
+        return (x @ stacked.t()).to(wide(x.dtype)), bits
+    assert seed is not None
+    bits = keep_bits(x.shape[0], x.shape[1], dropout, seed)
+    parts = [drop(x[rows], bits[rows]) @ stacked.t() for rows in row_chunks(*x.shape)]
+    return in_one(parts).to(wide(x.dtype)).mul_(dropout_scale(dropout)), bits
 
 
 def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None) -> Tensor:
@@ -191,7 +185,7 @@ def low_rank_backward(
     needs_A: bool,
 ) -> Tensor | None:
     """Add the low-rank part into dx in place and return dA of the stacked A, [sum of R, K], in float32 or float64."""
-    lora_A = stacked_A(members, dtype)
+    lora_A = stacked_A([member.lora_A for member in members], dtype)
     narrow = dh.to(dtype)
     if dropout == 0:
         if dx is not None:

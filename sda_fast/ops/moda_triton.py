@@ -18,11 +18,9 @@ from sda_fast.ops.moda_torch import Gradients, Member
 from sda_fast.ops.quantized import workspaces
 
 
-def stacked_A(members: Sequence[Member]) -> Tensor:
-    """The A of all members in one [sum of R, K] matrix."""
-    if len(members) == 1:
-        return members[0].lora_A.contiguous()
-    return torch.cat([member.lora_A for member in members])
+def stacked_A(lora_A: Sequence[Tensor]) -> Tensor:
+    """The A of all layers in one [sum of R, K] matrix."""
+    return lora_A[0].contiguous() if len(lora_A) == 1 else torch.cat(list(lora_A))
 
 
 def rows_per_id(modality_ids: Tensor | None, rows: int) -> int:
@@ -30,13 +28,9 @@ def rows_per_id(modality_ids: Tensor | None, rows: int) -> int:
     return 1 if modality_ids is None else max(1, rows // max(1, modality_ids.shape[0]))
 
 
-def forward(
-    x: Tensor, members: Sequence[Member], modality_ids: Tensor | None, dropout: float, seed: Tensor | None
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """y of every member, h of all [M, sum of R], and an empty tensor: the mask is drawn again in backward."""
-    h = project(x, stacked_A(members), dropout_p=dropout, seed=seed)
-    outputs = [output_of(member, x, h[:, member.ranks], modality_ids) for member in members]
-    return outputs, h, torch.empty(0, dtype=torch.uint8, device=x.device)
+def hidden(x: Tensor, lora_A: Sequence[Tensor], dropout: float, seed: Tensor | None) -> Tensor:
+    """h = dropout(x) A^T of all layers, [M, sum of R]; backward draws the mask again."""
+    return project(x, stacked_A(lora_A), dropout_p=dropout, seed=seed)
 
 
 def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None) -> Tensor:
@@ -124,7 +118,7 @@ def backward(
         gradients.dgates.append(dgates)
     if not needs_dh:
         return gradients
-    lora_A = stacked_A(members)
+    lora_A = stacked_A([member.lora_A for member in members])
     dropping: dict[str, Any] = {"dropout_p": dropout, "seed": seed, "needs_dA": needs_A}
     if not needs_x:
         gradients.dA = dx_pass(x, dh, lora_A, None, **dropping)

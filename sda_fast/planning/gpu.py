@@ -61,6 +61,8 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
     forward, backward = torch.ops.sda_fast.cmsa_forward.default, torch.ops.sda_fast.cmsa_backward.default
     kernels: dict[Any, Callable[..., Any]] = {
         torch.ops.sda_fast.moda_group.default: moda_group.moda_group_kernel,
+        torch.ops.sda_fast.moda_group_hidden.default: moda_group.moda_group_hidden_kernel,
+        torch.ops.sda_fast.moda_group_outputs.default: moda_group.moda_group_outputs_kernel,
         torch.ops.sda_fast.moda_group_backward.default: moda_group.moda_group_backward_kernel,
         forward: cmsa.cmsa_forward._init_fn,
         backward: cmsa.cmsa_backward._init_fn,
