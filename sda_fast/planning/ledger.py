@@ -155,7 +155,7 @@ class Ledger(TorchDispatchMode):
         return output
 
     def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], out: Any) -> None:
-        formula: Any = flop_registry.get(func._overloadpacket) or ATTENTION_FLOPS.get(func._overloadpacket)
+        formula: Any = flop_registry.get(func._overloadpacket) or OTHER_FLOPS.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
         written = [tensor for tensor in outputs if not any(tensor is one for one in inputs)]
         self.work(flops, sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *written)))
@@ -292,7 +292,9 @@ def attention_backward_flops(grad: Tensor, *inputs: Any, out_val: Any = None, **
     return 5 * attention_flops(*inputs) // 2
 
 
-ATTENTION_FLOPS = {
+# What PyTorch's own registry lacks.
+OTHER_FLOPS = {
+    aten.addmm_: flop_registry[aten.addmm],
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }

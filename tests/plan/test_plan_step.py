@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from sda_fast.planning.cards import CARDS
+from sda_fast.planning.gpu import as_on_a_gpu
+from sda_fast.planning.ledger import Ledger
 from sda_fast.planning.model import fake_lvlm
 from sda_fast.planning.step import plan_step
 
@@ -140,8 +145,6 @@ def planned(model, **changes):
 @pytest.fixture(scope="module")
 def wide_tower(tmp_path_factory):
     """config.json of a Qwen2.5-VL whose tower is what takes the memory."""
-    import json
-
     from sda_fast.planning.model import preset_configs
 
     config = preset_configs()["Qwen/Qwen2.5-VL-7B-Instruct"].to_dict()
@@ -189,3 +192,36 @@ def test_nested_statistics_and_the_dtype_show_in_the_weights(wide_tower):
     more = plain.parts["weights"] - nested.parts["weights"]
     assert more == pytest.approx(3 * (3 * 8192 * 128 // 64), rel=0.2)
     assert planned(wide_tower, precision="fp32").parts["weights"] > 1.5 * nested.parts["weights"]
+
+
+def test_recomputation_is_planned_without_the_products_that_it_leaves_out(world):
+    model, items, _ = world
+    config = config_for(model, gradient_checkpointing=True)
+    _, chunks = real_step(model, items, config)
+    spared = planned_step(model, config, chunks, CARDS["RTX 3060 12GB"])
+    with set_checkpoint_early_stop(False):
+        repeated = planned_step(model, config, chunks, CARDS["RTX 3060 12GB"])
+    text = json.loads((model / "config.json").read_text())["text_config"]
+    rows = sum(chunk["input_ids"].numel() for chunk in chunks.values())
+    down_proj = 2 * rows * text["intermediate_size"] * text["hidden_size"]
+    assert repeated.flops - spared.flops == text["num_hidden_layers"] * down_proj
+    assert spared.peak <= repeated.peak and spared.seconds < repeated.seconds
+
+
+@pytest.mark.parametrize("rows", [8, 4096])
+def test_the_frozen_products_of_an_adapted_layer_are_counted_whatever_way_its_update_takes(rows):
+    from sda_fast.ops.moda_linear import moda_linear
+
+    card = CARDS["RTX 3060 12GB"]
+    fake_mode = FakeTensorMode()
+    ledger = Ledger(fake_mode, card.seconds, rounding=512)
+    ledger.section = "layer"
+    with fake_mode, ledger, as_on_a_gpu(ledger, card):
+        x = torch.empty(rows, 1024, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(2048, 1024, dtype=torch.bfloat16)
+        lora_A, lora_B = torch.empty(8, 1024, requires_grad=True), torch.empty(2048, 8, requires_grad=True)
+        gates = torch.empty(1, 4, requires_grad=True)
+        y = moda_linear(x, weight, lora_A, lora_B, gates, dropout=0.1)
+        assert ledger.flops["layer"] == 2 * rows * 1024 * 2048
+        y.sum().backward()
+        assert ledger.flops["layer"] == 2 * 2 * rows * 1024 * 2048
