@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from sda_fast.ops.gates import GateParameters
 from sda_fast.ops.moda_linear import as_autocast, moda_linear_group
 from sda_fast.ops.quantized import is_4bit, state_of
 
@@ -35,6 +36,7 @@ class AdaptedLayer(Protocol):
     @property
     def modality_names(self) -> tuple[str, ...]: ...
     def gates(self, modality: int | None = None) -> Tensor: ...
+    def gate_parameters(self) -> GateParameters: ...
     def adapter_tensors(self) -> tuple[Tensor, ...]: ...
 
 
@@ -64,14 +66,13 @@ def apply_in_one(
 ) -> list[Tensor]:
     """`apply_group` by one operation, without kept weights."""
     first = layers[0]
-    modality = modality_ids if isinstance(modality_ids, int) else None
     return moda_linear_group(
         x,
         [frozen_weight(layer.base_layer) for layer in layers],
         [layer.lora_A for layer in layers],
         [layer.lora_B for layer in layers],
-        [layer.gates(modality) for layer in layers],
-        modality_ids if modality is None else None,
+        [layer.gate_parameters() for layer in layers],
+        modality_ids,
         scalings=[layer.scaling for layer in layers],
         biases=[layer.base_layer.bias for layer in layers],  # type: ignore[misc]
         dropout=first.lora_dropout if first.training else 0.0,

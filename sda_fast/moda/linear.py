@@ -13,7 +13,7 @@ from sda_fast.moda.config import check_sizes
 from sda_fast.moda.context import current_modality
 from sda_fast.moda.fold import FoldableLayer
 from sda_fast.moda.shared import SharedInput
-from sda_fast.ops.gates import moda_gates
+from sda_fast.ops.gates import GateParameters, moda_gates
 from sda_fast.ops.quantized import layer_kind
 
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "gate_embedding", "gate_proj")
@@ -117,7 +117,11 @@ class MoDALinear(FoldableLayer):
 
     def gates(self, modality: int | None = None) -> Tensor:
         """The mixture of one modality, [1, E], or of all, [num_modalities, E]; rows sum to one, float32 or wider."""
-        return moda_gates(self.gate_embedding, self.gate_proj, modality)
+        return moda_gates(*self.gate_parameters(), modality)
+
+    def gate_parameters(self) -> GateParameters:
+        """What the gates are made from."""
+        return GateParameters(self.gate_embedding, self.gate_proj)
 
     def adapter_tensors(self) -> tuple[Tensor, ...]:
         """All that is trained."""

@@ -24,7 +24,7 @@ from sda_fast.moda.inject import share_inputs, target_layers
 from sda_fast.moda.linear import initial_values
 from sda_fast.moda.save import PEFT_TYPE
 from sda_fast.moda.shared import SharedInput
-from sda_fast.ops.gates import moda_gates
+from sda_fast.ops.gates import GateParameters, moda_gates
 
 PARAMETERS = ("moda_A", "moda_B", "moda_gate_embedding", "moda_gate_proj")
 BASE_LAYER_SUFFIX = ".base_layer"
@@ -143,7 +143,11 @@ class MoDATunerLayer(FoldableLayer, BaseTunerLayer):
 
     def gates(self, modality: int | None = None) -> Tensor:
         """The active adapter's mixture of one modality, [1, E], or of all, [num_modalities, E]."""
-        return moda_gates(self._active("moda_gate_embedding"), self._active("moda_gate_proj"), modality)
+        return moda_gates(*self.gate_parameters(), modality)
+
+    def gate_parameters(self) -> GateParameters:
+        """What the active adapter's gates are made from."""
+        return GateParameters(self._active("moda_gate_embedding"), self._active("moda_gate_proj"))
 
     def adapter_tensors(self) -> tuple[Tensor, ...]:
         """All that is trained of the active adapter."""

@@ -1,12 +1,13 @@
 """torch.library operation for MoDA's gates: `sda_fast::moda_gates` and its backward.
 
 softmax(gate_proj gate_embedding[m]) is a handful of numbers per layer, but as separate operations with a gradient of
-each it costs more launches than the rest of the adapter; here it is one operation each way.
+each it costs more launches than the rest of the adapter; here it is one operation each way, for all layers of a group.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +19,19 @@ from sda_fast.ops.moda_torch import wide
 
 EVERY_MODALITY = -1
 
+
+class GateParameters(NamedTuple):
+    """What a layer's gates are made from: [modalities, gate_dim] and [E, gate_dim]."""
+
+    embedding: Tensor
+    proj: Tensor
+
+
 library = torch.library.Library("sda_fast", "FRAGMENT")
-library.define("moda_gates(Tensor gate_embedding, Tensor gate_proj, int modality) -> Tensor")
+library.define("moda_gates(Tensor[] gate_embeddings, Tensor[] gate_projs, int modality) -> Tensor[]")
 library.define(
-    "moda_gates_backward(Tensor dgates, Tensor gates, Tensor gate_embedding, Tensor gate_proj, int modality, "
-    "bool[] needs) -> Tensor[]"
+    "moda_gates_backward(Tensor[] dgates, Tensor[] gates, Tensor[] gate_embeddings, Tensor[] gate_projs, "
+    "int modality, bool[] needs) -> Tensor[]"
 )
 
 
@@ -45,7 +54,8 @@ def moda_gates(gate_embedding: Tensor, gate_proj: Tensor, modality: int | None =
         )
     if modality is not None and not 0 <= modality < gate_embedding.shape[0]:
         raise ValueError(f"modality id {modality} is not below the number of modalities, {gate_embedding.shape[0]}")
-    return torch.ops.sda_fast.moda_gates(gate_embedding, gate_proj, EVERY_MODALITY if modality is None else modality)
+    wanted = EVERY_MODALITY if modality is None else modality
+    return torch.ops.sda_fast.moda_gates([gate_embedding], [gate_proj], wanted)[0]
 
 
 def wanted_rows(gate_embedding: Tensor, modality: int) -> Tensor:
@@ -53,7 +63,13 @@ def wanted_rows(gate_embedding: Tensor, modality: int) -> Tensor:
     return gate_embedding if modality == EVERY_MODALITY else gate_embedding[modality : modality + 1]
 
 
-def moda_gates_kernel(gate_embedding: Tensor, gate_proj: Tensor, modality: int) -> Tensor:
+def moda_gates_kernel(gate_embeddings: list[Tensor], gate_projs: list[Tensor], modality: int) -> list[Tensor]:
+    """`moda_gates` on CPU and CUDA, layer by layer."""
+    return [gates_of(*both, modality) for both in zip(gate_embeddings, gate_projs, strict=True)]
+
+
+def gates_of(gate_embedding: Tensor, gate_proj: Tensor, modality: int) -> Tensor:
+    """The gates of one layer."""
     if gate_proj.is_cuda and cuda_library.takes_gates(gate_embedding, gate_proj):
         return cuda_library.gates(gate_embedding, gate_proj, modality)
     dtype = wide(gate_proj.dtype)
@@ -64,6 +80,19 @@ def moda_gates_kernel(gate_embedding: Tensor, gate_proj: Tensor, modality: int) 
 
 
 def moda_gates_backward_kernel(
+    dgates: list[Tensor],
+    gates: list[Tensor],
+    gate_embeddings: list[Tensor],
+    gate_projs: list[Tensor],
+    modality: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The wanted ones of the gradients of each layer's gate_embedding and gate_proj, one after the other."""
+    layers = zip(dgates, gates, gate_embeddings, gate_projs, strict=True)
+    return [wanted for layer in layers for wanted in gradients_of(*layer, modality, needs)]
+
+
+def gradients_of(
     dgates: Tensor, gates: Tensor, gate_embedding: Tensor, gate_proj: Tensor, modality: int, needs: list[bool]
 ) -> list[Tensor]:
     """The wanted ones of the gradients of gate_embedding and gate_proj, in their dtypes."""
@@ -92,44 +121,81 @@ for device_key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("sda_fast::moda_gates", lib=library)
-def moda_gates_fake(gate_embedding: Tensor, gate_proj: Tensor, modality: int) -> Tensor:
-    rows = gate_embedding.shape[0] if modality == EVERY_MODALITY else 1
-    return gate_proj.new_empty(rows, gate_proj.shape[0], dtype=wide(gate_proj.dtype))
+def moda_gates_fake(gate_embeddings: list[Tensor], gate_projs: list[Tensor], modality: int) -> list[Tensor]:
+    return [
+        proj.new_empty(embedding.shape[0] if modality == EVERY_MODALITY else 1, proj.shape[0], dtype=wide(proj.dtype))
+        for embedding, proj in zip(gate_embeddings, gate_projs, strict=True)
+    ]
 
 
 @torch.library.register_fake("sda_fast::moda_gates_backward", lib=library)
 def moda_gates_backward_fake(
-    dgates: Tensor, gates: Tensor, gate_embedding: Tensor, gate_proj: Tensor, modality: int, needs: list[bool]
+    dgates: list[Tensor],
+    gates: list[Tensor],
+    gate_embeddings: list[Tensor],
+    gate_projs: list[Tensor],
+    modality: int,
+    needs: list[bool],
 ) -> list[Tensor]:
-    parameters = (gate_embedding, gate_proj)
-    return [tensor.new_empty(tensor.shape) for tensor, needed in zip(parameters, needs, strict=True) if needed]
+    return [
+        tensor.new_empty(tensor.shape)
+        for both in zip(gate_embeddings, gate_projs, strict=True)
+        for tensor, needed in zip(both, needs, strict=True)
+        if needed
+    ]
 
 
 class MoDAGates(torch.autograd.Function):
-    """The autograd formula of `moda_gates`."""
+    """The autograd formula of `moda_gates`; `parameters` are all gate_embeddings, then all gate_projs."""
 
     @staticmethod
-    def forward(ctx: Any, gate_embedding: Tensor, gate_proj: Tensor, modality: int) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            gates = torch.ops.sda_fast.moda_gates(gate_embedding, gate_proj, modality)
+    def forward(ctx: Any, modality: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        gates = below_autograd(parameters, modality)
         ctx.modality = modality
-        ctx.save_for_backward(gates, gate_embedding, gate_proj)
-        return gates
+        ctx.save_for_backward(*gates, *parameters)
+        return tuple(gates)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dgates: Tensor) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[:2]
-        wanted = iter(torch.ops.sda_fast.moda_gates_backward(dgates, *ctx.saved_tensors, ctx.modality, list(needs)))
-        return *(next(wanted) if needed else None for needed in needs), None
+    def backward(ctx: Any, *dgates: Tensor) -> tuple[Any, ...]:
+        count = len(dgates)
+        gates, parameters = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        wanted = ctx.needs_input_grad[1:]
+        return None, *parameter_gradients(dgates, gates, parameters, ctx.modality, wanted)
 
 
-def moda_gates_autograd(gate_embedding: Tensor, gate_proj: Tensor, modality: int) -> Tensor:
-    """`moda_gates` where gradients may be wanted."""
-    if torch.is_grad_enabled() and (gate_embedding.requires_grad or gate_proj.requires_grad):
-        return MoDAGates.apply(gate_embedding, gate_proj, modality)
+def below_autograd(parameters: Sequence[Tensor], modality: int) -> list[Tensor]:
+    """`moda_gates` for the keys after autograd; `parameters` as in `MoDAGates`."""
+    count = len(parameters) // 2
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.sda_fast.moda_gates(gate_embedding, gate_proj, modality)
+        return torch.ops.sda_fast.moda_gates(parameters[:count], parameters[count:], modality)
+
+
+def parameter_gradients(
+    dgates: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    modality: int,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradient of every parameter, in `MoDAGates`' order; None where no layer's parameter of the kind wants one."""
+    count = len(dgates)
+    needs = [any(wanted[:count]), any(wanted[count:])]
+    flat = iter(
+        torch.ops.sda_fast.moda_gates_backward(
+            list(dgates), list(gates), list(parameters[:count]), list(parameters[count:]), modality, needs
+        )
+    )
+    pairs = [tuple(next(flat) if needed else None for needed in needs) for _ in range(count)]
+    return [embedding for embedding, _ in pairs] + [proj for _, proj in pairs]
+
+
+def moda_gates_autograd(gate_embeddings: list[Tensor], gate_projs: list[Tensor], modality: int) -> list[Tensor]:
+    """`moda_gates` where gradients may be wanted."""
+    parameters = (*gate_embeddings, *gate_projs)
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        return list(MoDAGates.apply(modality, *parameters))
+    return below_autograd(parameters, modality)
 
 
 library.impl("moda_gates", moda_gates_autograd, "Autograd")

@@ -17,42 +17,73 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sda_fast.ops import gates
 from sda_fast.ops.moda_group import keeps_bits, library, split_layouts
 
 
 @dataclass(frozen=True)
 class Constants:
-    """The arguments of `moda_group` that are not tensors."""
+    """The arguments of `moda_group` that are not tensors.
+
+    Attributes:
+        modality: whose gates are made here, from the layers' gate parameters (EVERY_MODALITY: all); None: gates are
+            given.
+        outputs_later: y gets the right shape and no values, `Outputs` puts them in.
+    """
 
     layouts: list[int]
     scalings: list[float]
     dropout: float
     backend: str
+    modality: int | None
     outputs_later: bool
 
 
-class MoDAGroup(torch.autograd.Function):
-    """The autograd formula of `moda_group`; `tensors` are the frozen ones and the adapters.
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a group by kind; `gating` are all gates, or all gate_embeddings and then all gate_projs."""
 
-    With `outputs_later` y has the right shape and no values: `Outputs` puts them in.
-    """
+    frozen: Sequence[Tensor]
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
+    gating: Sequence[Tensor]
+
+    @staticmethod
+    def of(flat: Sequence[Any], constants: Constants) -> Tensors:
+        """The inverse of `flat`, also for what belongs to the tensors one by one."""
+        count = len(constants.scalings)
+        first_gating = len(flat) - count * (1 if constants.modality is None else 2)
+        first_A, first_B = first_gating - 2 * count, first_gating - count
+        return Tensors(flat[:first_A], flat[first_A:first_B], flat[first_B:first_gating], flat[first_gating:])
+
+    def flat(self) -> tuple[Tensor, ...]:
+        return *self.frozen, *self.lora_A, *self.lora_B, *self.gating
+
+    def adapters(self, gates: Sequence[Tensor]) -> list[Tensor]:
+        """lora_A, lora_B and gates of every layer, as the operations take them."""
+        return [tensor for layer in zip(self.lora_A, self.lora_B, gates, strict=True) for tensor in layer]
+
+
+class MoDAGroup(torch.autograd.Function):
+    """The autograd formula of `moda_group`; where it makes the gates, it returns them too, and has `moda_gates`'s."""
 
     @staticmethod
     def forward(
-        ctx: Any, constants: Constants, x: Tensor, modality_ids: Tensor | None, seed: Tensor | None, *tensors: Tensor
+        ctx: Any, constants: Constants, x: Tensor, modality_ids: Tensor | None, seed: Tensor | None, *flat: Tensor
     ) -> tuple[Tensor, ...]:
-        count = len(constants.scalings)
-        frozen, adapters = tensors[: -3 * count], tensors[-3 * count :]
+        tensors = Tensors.of(flat, constants)
+        made = () if constants.modality is None else gates.below_autograd(tensors.gating, constants.modality)
+        adapters = tensors.adapters(made or tensors.gating)
         if constants.outputs_later:
             y, h, bits = without_outputs(x, adapters, seed, constants)
         else:
-            y, h, bits = below_autograd(x, frozen, adapters, modality_ids, seed, constants)
-        ctx.mark_non_differentiable(h, bits)
+            y, h, bits = below_autograd(x, tensors.frozen, adapters, modality_ids, seed, constants)
+        ctx.mark_non_differentiable(h, bits, *made)
         ctx.set_materialize_grads(False)
-        of_adapters = ctx.needs_input_grad[-3 * count :]
+        wanted = Tensors.of(ctx.needs_input_grad[4:], constants)
         needs_x, needs_A, needs_B, needs_gates = ctx.needs = [
             ctx.needs_input_grad[1],
-            *(any(of_adapters[first::3]) for first in range(3)),
+            *map(any, (wanted.lora_A, wanted.lora_B, wanted.gating)),
         ]
         ctx.constants, ctx.rows = constants, x.shape[0]
         needs_mask = constants.dropout > 0 and (needs_x or needs_A)
@@ -63,41 +94,54 @@ class MoDAGroup(torch.autograd.Function):
             kept_bits,
             modality_ids,
             seed if needs_mask and kept_bits is None else None,
-            *tensors,
+            *flat,
+            *made,
         )
-        return *y, h, bits
+        return *y, h, bits, *made
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        x, h, bits, modality_ids, seed, *tensors = ctx.saved_tensors
         constants = ctx.constants
         count = len(constants.scalings)
-        frozen, adapters = tensors[: -3 * count], tensors[-3 * count :]
+        x, h, bits, modality_ids, seed, *flat = ctx.saved_tensors
+        number = len(flat)
         dy = gradients[:count]
         given = next((gradient for gradient in dy if gradient is not None), None)
         if given is None:
-            return (None,) * (4 + len(tensors))
+            return (None,) * len(ctx.needs_input_grad)
+        made: Sequence[Tensor] = []
+        if constants.modality is not None:
+            number -= count
+            made = flat[number:]
+        tensors = Tensors.of(flat[:number], constants)
         complete = [
             given.new_zeros(ctx.rows, layout.out_features) if gradient is None else gradient
             for gradient, (layout, _) in zip(dy, split_layouts(constants.layouts), strict=True)
         ]
         needs_x, needs_A, needs_B, needs_gates = ctx.needs
-        flat = torch.ops.sda_fast.moda_group_backward(
-            complete, x, h, bits, frozen, adapters, constants.layouts, constants.scalings, modality_ids,
-            constants.dropout, seed, ctx.needs, constants.backend,
+        left = iter(
+            torch.ops.sda_fast.moda_group_backward(
+                complete, x, h, bits, tensors.frozen, tensors.adapters(made or tensors.gating), constants.layouts,
+                constants.scalings, modality_ids, constants.dropout, seed, ctx.needs, constants.backend,
+            )
         )  # fmt: skip
-        left = iter(flat)
         dx = next(left) if needs_x else None
-        of_adapters: list[Tensor | None] = [None] * (3 * count)
+        dA: Sequence[Tensor | None] = [None] * count
+        dB: Sequence[Tensor | None] = [None] * count
+        of_gating: Sequence[Tensor | None] = [None] * len(tensors.gating)
         if needs_A:
-            parts = next(left).split([lora_A.shape[0] for lora_A in adapters[::3]])
-            of_adapters[::3] = [part.to(lora_A.dtype) for part, lora_A in zip(parts, adapters[::3], strict=True)]
+            parts = next(left).split([lora_A.shape[0] for lora_A in tensors.lora_A])
+            dA = [part.to(lora_A.dtype) for part, lora_A in zip(parts, tensors.lora_A, strict=True)]
         if needs_B:
-            of_adapters[1::3] = islice(left, count)
+            dB = list(islice(left, count))
         if needs_gates:
-            of_adapters[2::3] = islice(left, count)
-        return None, dx, None, None, *[None] * len(frozen), *of_adapters
+            dgates = list(islice(left, count))
+            of_gating = dgates
+            if constants.modality is not None:
+                wanted = ctx.needs_input_grad[-len(tensors.gating) :]
+                of_gating = gates.parameter_gradients(dgates, made, tensors.gating, constants.modality, wanted)
+        return None, dx, None, None, *[None] * len(tensors.frozen), *dA, *dB, *of_gating
 
 
 class Outputs(torch.autograd.Function):
@@ -154,6 +198,45 @@ def below_autograd(
         )
 
 
+def moda_group(
+    x: Tensor,
+    tensors: Tensors,
+    layouts: list[int],
+    scalings: list[float],
+    modality_ids: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+    modality: int | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """`sda_fast::moda_group` with gradients, called without its dispatcher.
+
+    Written out because `torch.library.register_autograd` takes lists of tensors apart and together in Python several
+    times per call, which costs more than the products of a small layer.
+
+    Args:
+        tensors, modality: `modality` says what `tensors.gating` is, as in `Constants`.
+    """
+    flat = tensors.flat()
+    wants_gradients = torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in flat))
+    constants = Constants(layouts, scalings, dropout, backend, modality, wants_gradients and within_backward())
+    if not wants_gradients:
+        made = () if modality is None else gates.below_autograd(tensors.gating, modality)
+        adapters = tensors.adapters(made or tensors.gating)
+        return below_autograd(x, tensors.frozen, adapters, modality_ids, seed, constants)
+    outputs = MoDAGroup.apply(constants, x, modality_ids, seed, *flat)
+    y, (h, bits, *made) = list(outputs[: len(scalings)]), outputs[len(scalings) :]
+    if constants.outputs_later:
+        adapters = tensors.adapters(made or tensors.gating)
+        y = list(Outputs.apply(constants, x, h, modality_ids, tensors.frozen, adapters, *y))
+    return y, h, bits
+
+
+def within_backward() -> bool:
+    """Whether this runs inside a backward pass, as recomputation does."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def moda_group_autograd(
     x: Tensor,
     frozen: list[Tensor],
@@ -165,24 +248,9 @@ def moda_group_autograd(
     seed: Tensor | None,
     backend: str,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """`moda_group` where gradients may be wanted.
-
-    Written out because `torch.library.register_autograd` takes lists of tensors apart and together in Python several
-    times per call, which costs more than the products of a small layer.
-    """
-    wants_gradients = torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in adapters))
-    constants = Constants(layouts, scalings, dropout, backend, outputs_later=wants_gradients and within_backward())
-    if not wants_gradients:
-        return below_autograd(x, frozen, adapters, modality_ids, seed, constants)
-    *y, h, bits = MoDAGroup.apply(constants, x, modality_ids, seed, *frozen, *adapters)
-    if constants.outputs_later:
-        y = list(Outputs.apply(constants, x, h, modality_ids, frozen, adapters, *y))
-    return y, h, bits
-
-
-def within_backward() -> bool:
-    """Whether this runs inside a backward pass, as recomputation does."""
-    return torch._C._current_graph_task_id() != -1
+    """`sda_fast::moda_group` where gradients may be wanted."""
+    tensors = Tensors(frozen, adapters[::3], adapters[1::3], adapters[2::3])
+    return moda_group(x, tensors, layouts, scalings, modality_ids, dropout, seed, backend)
 
 
 library.impl("moda_group", moda_group_autograd, "Autograd")

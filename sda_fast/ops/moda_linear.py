@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sda_fast.ops import moda_autograd, moda_evaluate  # noqa: F401  (define operations and gradients)
+from sda_fast.ops import moda_evaluate  # noqa: F401  (defines an operation)
+from sda_fast.ops.gates import EVERY_MODALITY, GateParameters, moda_gates
+from sda_fast.ops.moda_autograd import Tensors, moda_group
 from sda_fast.ops.moda_group import layout_numbers, resolve_backend
 from sda_fast.ops.quantized import describe_weight
 
@@ -71,7 +73,7 @@ def moda_linear_group(
     weights: Sequence[Tensor],
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
-    gates: Sequence[Tensor],
+    gates: Sequence[Tensor | GateParameters],
     modality_ids: Tensor | Sequence[int] | int | None = None,
     *,
     scalings: Sequence[float],
@@ -85,7 +87,7 @@ def moda_linear_group(
 
     Args:
         weights, lora_A, lora_B, gates, scalings, biases: one entry per layer, as in `moda_linear`; ranks, experts and
-            output sizes may differ.
+            output sizes may differ. Gates may be the parameters that they are made from, of all layers or of none.
         modality_ids, dropout, seed: shared; one dropout mask serves all layers.
         may_fold: where gradients are disabled, all rows share their gates and nothing is dropped, compute as
             `sda_fast::moda_evaluate` sees fit: with the update folded into the weight, or not (docs/folding.md).
@@ -98,27 +100,68 @@ def moda_linear_group(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     resolved = resolve_backend(backend, x)
-    ids, gates = ids_and_gates(x, modality_ids, list(gates))
+    modality = modality_ids if isinstance(modality_ids, int) else None
+    shapes = [shape_of(gate) for gate in gates]
+    ids = ids_of(x, modality_ids, min(shape[0] for shape in shapes))
     frozen: list[Tensor] = []
-    adapters: list[Tensor] = []
     layouts: list[int] = []
-    for weight, A, B, gate, bias in zip(weights, lora_A, lora_B, gates, biases, strict=True):
+    for weight, A, B, shape, bias in zip(weights, lora_A, lora_B, shapes, biases, strict=True):
         layout, data, statistics = describe_weight(weight)
-        check_layer(x, layout.out_features, layout.in_features, A, B, gate)
+        check_layer(x, layout.out_features, layout.in_features, A, B, shape)
         check_frozen(weight, bias, layout.out_features)
-        check_gates(x, ids, gate)
         frozen += [data, *statistics] if bias is None else [data, *statistics, bias]
-        adapters += [A, B, gate]
         layouts += layout_numbers(layout, bias is not None)
-    one_gate = ids is None and all(gate.shape[0] == 1 for gate in gates)
+    lines = {1} if modality is not None else {shape[0] for shape in shapes}
+    if ids is None:
+        check_lines(x, lines)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    group = rows, frozen, adapters, layouts, list(scalings)
+    scales, one_gate = list(scalings), ids is None and lines == {1}
     if may_fold and one_gate and dropout == 0 and not torch.is_grad_enabled():
-        y = torch.ops.sda_fast.moda_evaluate(*group, resolved, backend == "auto")
+        adapters = interleaved(lora_A, lora_B, gates_for_rows(gates, modality))
+        y = torch.ops.sda_fast.moda_evaluate(rows, frozen, adapters, layouts, scales, resolved, backend == "auto")
+        return as_rows_of(x, y)
+    drawn = seed_tensor(x, seed) if dropout > 0 else None
+    if torch.compiler.is_compiling():
+        # What Dynamo traces is merged by its operations (`sda_fast.moda.compiling`).
+        adapters = interleaved(lora_A, lora_B, gates_for_rows(gates, modality))
+        y, _, _ = torch.ops.sda_fast.moda_group(rows, frozen, adapters, layouts, scales, ids, dropout, drawn, resolved)
     else:
-        drawn = seed_tensor(x, seed) if dropout > 0 else None
-        y, _, _ = torch.ops.sda_fast.moda_group(*group, ids, dropout, drawn, resolved)
-    return y if x.dim() == 2 else [output.view(*x.shape[:-1], output.shape[1]) for output in y]
+        gating, of_modality = gating_of(gates, modality)
+        tensors = Tensors(frozen, lora_A, lora_B, gating)
+        y, _, _ = moda_group(rows, tensors, layouts, scales, ids, dropout, drawn, resolved, of_modality)
+    return as_rows_of(x, y)
+
+
+def as_rows_of(x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    """[M, N] each, with x's leading dimensions."""
+    return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in outputs]
+
+
+def interleaved(*kinds: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of the first layer, then those of the second, ..."""
+    return [tensor for layer in zip(*kinds, strict=True) for tensor in layer]
+
+
+def gating_of(gates: Sequence[Tensor | GateParameters], modality: int | None) -> tuple[list[Tensor], int | None]:
+    """`gating` and `modality` as `moda_group` takes them."""
+    parameters = [gate for gate in gates if isinstance(gate, GateParameters)]
+    if len(parameters) < len(gates):
+        return gates_for_rows(gates, modality), None
+    flat = [one.embedding for one in parameters] + [one.proj for one in parameters]
+    return flat, EVERY_MODALITY if modality is None else modality
+
+
+def shape_of(gates: Tensor | GateParameters) -> tuple[int, ...]:
+    """[modalities, E] of gates, or of those to be made."""
+    if isinstance(gates, GateParameters):
+        return gates.embedding.shape[0], gates.proj.shape[0]
+    return tuple(gates.shape)
+
+
+def gates_for_rows(gates: Sequence[Tensor | GateParameters], modality: int | None) -> list[Tensor]:
+    """Every layer's gates: those of one modality [1, E], or all."""
+    wanted = slice(None) if modality is None else slice(modality, modality + 1)
+    return [moda_gates(*gate, modality) if isinstance(gate, GateParameters) else gate[wanted] for gate in gates]
 
 
 def as_autocast(x: Tensor) -> Tensor:
@@ -143,17 +186,14 @@ def seed_tensor(x: Tensor, seed: Tensor | int | None) -> Tensor:
     return seed.reshape(1)
 
 
-def ids_and_gates(
-    x: Tensor, modality_ids: Tensor | Sequence[int] | int | None, gates: list[Tensor]
-) -> tuple[Tensor | None, list[Tensor]]:
-    """The ids as a flat int64 tensor whose length divides the number of rows, or None and gates that need no ids."""
+def ids_of(x: Tensor, modality_ids: Tensor | Sequence[int] | int | None, modalities: int) -> Tensor | None:
+    """The ids as a flat int64 tensor whose length divides the number of rows; None without, or with one for all."""
     if modality_ids is None:
-        return None, gates
-    modalities = min(gate.shape[0] for gate in gates)
+        return None
     if isinstance(modality_ids, int):
         if not 0 <= modality_ids < modalities:
             raise ValueError(f"modality id {modality_ids} is not below the number of modalities, {modalities}")
-        return None, [gate[modality_ids : modality_ids + 1] for gate in gates]
+        return None
     ids = torch.as_tensor(modality_ids, device=x.device)
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"modality_ids must be integers, got {ids.dtype}")
@@ -168,10 +208,10 @@ def ids_and_gates(
         raise ValueError(
             f"modality_ids run from {int(ids.min())} to {int(ids.max())} but there are {modalities} modalities"
         )
-    return ids.reshape(-1).to(torch.int64), gates
+    return ids.reshape(-1).to(torch.int64)
 
 
-def check_layer(x: Tensor, N: int, K: int, lora_A: Tensor, lora_B: Tensor, gates: Tensor) -> None:
+def check_layer(x: Tensor, N: int, K: int, lora_A: Tensor, lora_B: Tensor, gates: Sequence[int]) -> None:
     """Shapes of one layer's parameters against its weight and x."""
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x has shape {tuple(x.shape)} but the weight takes {K} features")
@@ -180,8 +220,8 @@ def check_layer(x: Tensor, N: int, K: int, lora_A: Tensor, lora_B: Tensor, gates
     R = lora_A.shape[0]
     if lora_B.shape != (N, R):
         raise ValueError(f"lora_B must be [{N}, {R}], got {tuple(lora_B.shape)}")
-    if gates.dim() != 2 or gates.shape[1] < 1 or R % gates.shape[1] != 0:
-        raise ValueError(f"gates must be [modalities, E] with E dividing the total rank {R}, got {tuple(gates.shape)}")
+    if len(gates) != 2 or gates[1] < 1 or R % gates[1] != 0:
+        raise ValueError(f"gates must be [modalities, E] with E dividing the total rank {R}, got {tuple(gates)}")
 
 
 def check_frozen(weight: Tensor, bias: Tensor | None, N: int) -> None:
@@ -192,10 +232,8 @@ def check_frozen(weight: Tensor, bias: Tensor | None, N: int) -> None:
         raise ValueError("weight and bias are frozen in MoDA but require grad; call requires_grad_(False) on them")
 
 
-def check_gates(x: Tensor, ids: Tensor | None, gates: Tensor) -> None:
+def check_lines(x: Tensor, lines: set[int]) -> None:
     """Without ids there must be one line of gates for all rows, or one per row."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if ids is None and gates.shape[0] not in (1, rows):
-        raise ValueError(
-            f"without modality_ids gates must have 1 or {rows} lines (one per row of x), got {gates.shape[0]}"
-        )
+    for given in lines - {1, rows}:
+        raise ValueError(f"without modality_ids gates must have 1 or {rows} lines (one per row of x), got {given}")

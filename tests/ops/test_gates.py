@@ -57,7 +57,9 @@ def test_a_modality_s_gradient_leaves_the_others_embeddings_alone():
 
 @pytest.mark.parametrize("modality", [-1, 1])
 def test_opcheck(modality):
-    torch.library.opcheck(torch.ops.sda_fast.moda_gates, (*parameters(), modality))
+    layers = parameters(), parameters(experts=4, gate_dim=3, seed=1)
+    gate_embeddings, gate_projs = map(list, zip(*layers, strict=True))
+    torch.library.opcheck(torch.ops.sda_fast.moda_gates, (gate_embeddings, gate_projs, modality))
 
 
 def test_autocast_does_not_round_gates():
