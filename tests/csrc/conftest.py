@@ -12,7 +12,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL_FILES = ("decode.cu", "decode_fold.cu", "linear.cu", "gates.cu")
+KERNEL_FILES = (
+    *("decode.cu", "decode_fold.cu", "linear.cu", "gates.cu"),
+    *("passes_forward.cu", "passes_backward.cu", "add_parts.cu"),
+)
 SCALAR_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
