@@ -69,7 +69,7 @@ cudaError_t gates_backward(const GatesArguments& arguments, cudaStream_t stream)
 
 // The low-rank passes. Activations are bfloat16 or float16, their rows strided and 16-byte aligned, K and N multiples of 8;
 // h and dh are float32 with strided rows, an adapter's matrix is dense and float32 or of the activations' kind. M is below
-// 2^31. Sums over rows or over blocks of columns are written in parts, which are added in their order.
+// 2^31 - 2^16. Sums over rows or over blocks of columns are written in parts, which are added in their order.
 constexpr int kMaxPassRank = 64;
 
 struct DropoutArguments {

@@ -136,6 +136,9 @@ def test_binding_registers_its_operations_through_the_stable_abi(objects, compil
     script = [sys.executable, "-c", LOAD_AND_LIST, str(library)]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for operation in ("decode_4bit", "decode_fold_4bit", "linear_4bit", "moda_gates", "moda_gates_backward"):
+    for operation in (
+        *("decode_4bit", "decode_fold_4bit", "linear_4bit", "moda_gates", "moda_gates_backward"),
+        *("moda_project", "moda_expand", "moda_dy_pass", "moda_dx_pass"),
+    ):
         assert f"sda_fast_cuda::{operation}(" in done.stdout
     assert "CPU tensors refused" in done.stdout
