@@ -1,5 +1,8 @@
 """Who serves the low-rank passes of MoDA, and that a layer is the same with either; CUDA kernels run on the host."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -107,3 +110,15 @@ def test_a_choice_that_does_not_exist_or_cannot_be_met_is_an_error(monkeypatch):
     with pytest.raises(RuntimeError, match="it was not built"):
         passes.passes_for(8, OnGpu())
     assert passes.passes_for(8, x) is passes.TRITON
+
+
+def test_the_check_before_a_speed_is_printed_covers_every_pass(calls):
+    path = Path(__file__).resolve().parents[2] / "bench" / "check_kernels.py"
+    specification = importlib.util.spec_from_file_location("check_kernels", path)
+    check_kernels = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(check_kernels)
+    ratios = check_kernels.moda_ratios(check_kernels.CUDA_SHAPES[0], HALF, torch.device("cpu"), passes.CUDA)
+    names = ("project", "project, split", "expand_add", "expand", "dy_pass", "dx_pass")
+    assert set(ratios) == {f"{name}, CUDA" for name in names}
+    assert all(ratio <= 1 for ratio in ratios.values()), ratios
+    assert calls == set(NAMES)
