@@ -362,6 +362,7 @@ void moda_expand(Tensor y, Tensor h, Tensor lora_B, OptionalTensor bias, Optiona
   if (gates.has_value()) arguments.gate = gate_table(*gates, modality_ids, rows_per_id, scaling, arguments.M, arguments.R);
   if (bias.has_value()) {
     check_dense(*bias, "bias");
+    STD_TORCH_CHECK(threshold == 0, "there is no bias beside dropout");
     STD_TORCH_CHECK(bias->numel() == arguments.N && bias->scalar_type() == y.scalar_type(), "bias must be [N] of y's dtype");
     arguments.bias = bias->const_data_ptr();
   }

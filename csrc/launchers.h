@@ -112,7 +112,7 @@ cudaError_t project(const ProjectArguments& arguments, cudaStream_t stream);
 struct ExpandArguments {
   void* y;  // [M, N]
   int64_t y_stride;
-  const void* bias;  // [N] of y's kind, or null
+  const void* bias;  // [N] of y's kind, or null; not with dropout
   const float* h;    // [M, R]
   int64_t h_stride;
   const void* lora_B;  // [N, R] with any strides

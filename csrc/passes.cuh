@@ -50,7 +50,9 @@ struct Dropout {
   __device__ __forceinline__ bool keeps_low(uint32_t word) const { return (word << 16) > last_dropped; }
   __device__ __forceinline__ bool keeps_high(uint32_t word) const { return word > last_dropped; }
   __device__ __forceinline__ uint32_t masked(uint32_t pair, uint32_t word) const {
-    return pair & ((keeps_low(word) ? 0x0000FFFFu : 0u) | (keeps_high(word) ? 0xFFFF0000u : 0u));
+    if (!keeps_low(word)) pair &= 0xFFFF0000u;
+    if (!keeps_high(word)) pair &= 0x0000FFFFu;
+    return pair;
   }
   __device__ __forceinline__ uint4 masked(const uint4& values, const uint4& words) const {
     return uint4{masked(values.x, words.x), masked(values.y, words.y), masked(values.z, words.z), masked(values.w, words.w)};
@@ -60,6 +62,21 @@ struct Dropout {
 // Eight neighbouring elements of a 16-bit matrix; what lies outside is never read.
 __device__ __forceinline__ uint4 load_if(bool inside, const uint16_t* address) {
   return inside ? load_streaming(reinterpret_cast<const uint4*>(address)) : uint4{0, 0, 0, 0};
+}
+
+// A lane's elements in kTiles tiles of 16 rows: those of rows g and g + 8 of each, from `column` on.
+template <int kTiles>
+__device__ __forceinline__ void load_tiles(uint4 (&values)[kTiles][2], bool inside, const void* matrix, int64_t stride,
+                                           int first_row, int M, int column) {
+  const uint16_t* first = static_cast<const uint16_t*>(matrix) + first_row * stride + column;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile * 16 + half * 8;
+      values[tile][half] = load_if(inside && first_row + row < M, first + row * stride);
+    }
+  }
 }
 
 // An adapter's matrix, float32 or of the activations' type.
@@ -194,11 +211,11 @@ __device__ __forceinline__ void load_expanding(uint32_t (&factor)[kRankTiles][4]
   }
 }
 
-// Eight elements of a row from the update of a lane, `half` 0 for row g and 1 for g + 8: masked, added to what was there and
-// to the bias, rounded once.
+// Eight elements of a row from the update of a lane, `half` 0 for row g and 1 for g + 8: masked, added to what was there,
+// rounded once.
 template <typename T>
 __device__ __forceinline__ uint4 updated(const float (&update)[4][4], int half, const Dropout& dropout, const uint4& words,
-                                         const uint4& before, const float (&bias)[4][2]) {
+                                         const uint4& before) {
   const uint32_t word[4] = {words.x, words.y, words.z, words.w}, old[4] = {before.x, before.y, before.z, before.w};
   uint32_t result[4];
 #pragma unroll
@@ -208,7 +225,7 @@ __device__ __forceinline__ uint4 updated(const float (&update)[4][4], int half, 
       low = dropout.keeps_low(word[j]) ? low * dropout.scale : 0.f;
       high = dropout.keeps_high(word[j]) ? high * dropout.scale : 0.f;
     }
-    result[j] = T::pack(low + bias[j][0] + T::widen(uint16_t(old[j])), high + bias[j][1] + T::widen(uint16_t(old[j] >> 16)));
+    result[j] = T::pack(low + T::widen(uint16_t(old[j])), high + T::widen(uint16_t(old[j] >> 16)));
   }
   return uint4{result[0], result[1], result[2], result[3]};
 }
@@ -235,8 +252,9 @@ inline int chunks_of_rows(int blocks, int column_blocks, int resident, int wante
       if (candidate >= 1 && filled > best) best = filled, chunks = candidate;
     }
   }
-  chunks = chunks < blocks ? chunks : (blocks < 1 ? 1 : blocks);
-  return blocks < 1 ? 1 : divide_up(blocks, divide_up(blocks, chunks));
+  if (blocks < 1) return 1;
+  const int limit = blocks < 65535 ? blocks : 65535;  // of a grid's y
+  return divide_up(blocks, divide_up(blocks, chunks < limit ? chunks : limit));
 }
 
 }  // namespace sda

@@ -69,6 +69,7 @@ template <typename T, int kRankTiles>
 __global__ void __launch_bounds__(kDyThreads) dy_kernel(DyArguments arguments, int blocks_per_chunk) {
   constexpr int kRanks = kRankTiles * 8, kWords = fragment_row_words(kDyRows);
   constexpr int kBuffers = kRankTiles <= 2 ? 2 : 1;
+  static_assert(kRanks * 16 <= kDyThreads, "a thread finishes one sum");
   SDA_SHARED float partial[kBuffers][kDyWarps][kRanks * 16];
   SDA_SHARED uint32_t gated[2][kRanks][kWords];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -98,15 +99,8 @@ __global__ void __launch_bounds__(kDyThreads) dy_kernel(DyArguments arguments, i
     }
   }
   const auto load = [&](int block, uint4(&values)[kDyRows / 16][2]) {
-#pragma unroll
-    for (int tile = 0; tile < kDyRows / 16; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = block * kDyRows + tile * 16 + half * 8 + group;
-        values[tile][half] = load_if(block < last_block && is_column && row < arguments.M,
-                                     static_cast<const uint16_t*>(arguments.dy) + row * arguments.dy_stride + column);
-      }
-    }
+    load_tiles(values, block < last_block && is_column, arguments.dy, arguments.dy_stride, block * kDyRows + group,
+               arguments.M, column);
   };
 
   const LowRankRows low_rank{arguments.h, arguments.h_stride, arguments.gate, arguments.M, arguments.R};
@@ -138,7 +132,8 @@ __global__ void __launch_bounds__(kDyThreads) dy_kernel(DyArguments arguments, i
           for (int i = 0; i < 4; ++i) own[r * 128 + (i / 2 * 8 + group) * 8 + member * 2 + i % 2] = products[r][i];
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < kRanks * 16; i += kDyThreads) {
+        const int i = threadIdx.x;  // of the sum that this thread finishes, if there are as many
+        if (i < kRanks * 16) {
           float sum = 0.f;
 #pragma unroll
           for (int w = 0; w < kDyWarps; ++w) sum += partial[tile % kBuffers][w][i];
@@ -241,15 +236,7 @@ __global__ void __launch_bounds__(kDxThreads, 2) dx_kernel(DxArguments arguments
                       arguments.K, arguments.R, group, member);
   }
   const auto load = [&](int block, bool wanted, const void* matrix, int64_t stride, uint4(&values)[kTiles][2]) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = block * kRows + tile * 16 + half * 8 + group;
-        values[tile][half] = load_if(wanted && block < last_block && is_column && row < arguments.M,
-                                     static_cast<const uint16_t*>(matrix) + row * stride + column);
-      }
-    }
+    load_tiles(values, wanted && block < last_block && is_column, matrix, stride, block * kRows + group, arguments.M, column);
   };
 
   const LowRankRows low_rank{arguments.dh, arguments.dh_stride, GateTable{}, arguments.M, arguments.R};
@@ -288,7 +275,7 @@ __global__ void __launch_bounds__(kDxThreads, 2) dx_kernel(DxArguments arguments
         for (int half = 0; half < 2; ++half) {
           const int row = block * kRows + tile * 16 + half * 8 + group;
           if (is_column && row < arguments.M) {
-            const uint4 result = updated<T>(update, half, dropout, words[half], dx[tile][half], {});
+            const uint4 result = updated<T>(update, half, dropout, words[half], dx[tile][half]);
             *reinterpret_cast<uint4*>(static_cast<uint16_t*>(arguments.dx) + row * arguments.dx_stride + column) = result;
           }
         }
@@ -367,7 +354,8 @@ cudaError_t dy_pass(const DyArguments& arguments, cudaStream_t stream) {
     }
   }
   cudaError_t error = cudaGetLastError();
-  const int gate_ctas = arguments.dhg_parts == nullptr ? 0 : dy_gate_parts(arguments);
+  // Without rows there are no parts of dhg, but gradients of the gates all the same: zeros.
+  const int gate_ctas = arguments.dh == nullptr && arguments.dgates == nullptr ? 0 : dy_gate_parts(arguments);
   const int64_t numel = arguments.dB_parts == nullptr ? 0 : int64_t(arguments.N) * arguments.R;
   const unsigned dB_ctas = numel == 0 ? 0 : grid_size((numel + kFinishThreads - 1) / kFinishThreads, int64_t(1) << 20);
   if (error != cudaSuccess || gate_ctas + dB_ctas == 0) return error;

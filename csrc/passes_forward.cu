@@ -37,18 +37,10 @@ __global__ void __launch_bounds__(kProjectThreads) project_kernel(ProjectArgumen
   const int steps_per_split = divide_up(steps, int(gridDim.y));
   const int last_step = min(steps, (int(blockIdx.y) + 1) * steps_per_split);
 
-  const uint16_t* x = static_cast<const uint16_t*>(arguments.x) + (first_row + group) * arguments.x_stride + member * 8;
   const auto load = [&](int step, uint4(&values)[kTiles][2]) {
-    const bool inside = step < last_step && step * kWarpColumns + member * 8 < arguments.K;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = tile * 16 + half * 8;
-        values[tile][half] = load_if(inside && first_row + group + row < arguments.M,
-                                     x + row * arguments.x_stride + step * kWarpColumns);
-      }
-    }
+    const int column = step * kWarpColumns + member * 8;
+    load_tiles(values, step < last_step && column < arguments.K, arguments.x, arguments.x_stride, first_row + group,
+               arguments.M, column);
   };
 
   float sums[kRankTiles][kTiles][4] = {};
@@ -127,7 +119,7 @@ __global__ void __launch_bounds__(kExpandThreads, 2) expand_kernel(ExpandArgumen
   uint32_t factor[kRankTiles][4];
   load_expanding<T>(factor, arguments.lora_B, arguments.lora_kind == ScalarKind::kFloat32, arguments.lora_stride_column,
                     arguments.lora_stride_rank, first_column, arguments.N, arguments.R, group, member);
-  float bias[4][2] = {};
+  float bias[4][2] = {};  // where the sums start
   if (arguments.bias != nullptr && is_column) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -138,31 +130,30 @@ __global__ void __launch_bounds__(kExpandThreads, 2) expand_kernel(ExpandArgumen
   StagedRows<kExpandThreads, kExpandRows, kRanks> staged(low_rank, 0);
   for (int block = first_block; block < last_block; ++block) {
     uint32_t(&rows)[kExpandRows][kWords] = gated[block & 1];
+    const int first_row = block * kExpandRows + group;
     uint4 before[kExpandRows / 16][2];
-#pragma unroll
-    for (int tile = 0; tile < kExpandRows / 16; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = block * kExpandRows + tile * 16 + half * 8 + group;
-        before[tile][half] = load_if(arguments.adds && is_column && row < arguments.M,
-                                     static_cast<const uint16_t*>(arguments.y) + row * arguments.y_stride + column);
-      }
-    }
+    load_tiles(before, arguments.adds && is_column, arguments.y, arguments.y_stride, first_row, arguments.M, column);
     staged.load(low_rank, 0, block);
     staged.template store<T>([&](int row, int rank, uint16_t bits) { store_half(rows[row], rank, bits); });
     // Two buffers: whoever is here has left the block before, so that the next one may be written.
     __syncthreads();
+    uint16_t* y = static_cast<uint16_t*>(arguments.y) + first_row * arguments.y_stride + column;
 #pragma unroll
     for (int tile = 0; tile < kExpandRows / 16; ++tile) {
-      float update[4][4] = {};
+      float update[4][4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) update[j][i] = bias[j][i % 2];
+      }
       expand_rows<T, kRankTiles, kWords>(update, rows + tile * 16, factor, group, member);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = block * kExpandRows + tile * 16 + half * 8 + group;
-        const uint4 words = dropout.active ? dropout.words(row, column) : uint4{0, 0, 0, 0};
-        if (is_column && row < arguments.M) {
-          const uint4 result = updated<T>(update, half, dropout, words, before[tile][half], bias);
-          *reinterpret_cast<uint4*>(static_cast<uint16_t*>(arguments.y) + row * arguments.y_stride + column) = result;
+        const int row = tile * 16 + half * 8;
+        const uint4 words = dropout.active ? dropout.words(first_row + row, column) : uint4{0, 0, 0, 0};
+        if (is_column && first_row + row < arguments.M) {
+          const uint4 result = updated<T>(update, half, dropout, words, before[tile][half]);
+          *reinterpret_cast<uint4*>(y + row * arguments.y_stride) = result;
         }
       }
     }
