@@ -61,6 +61,7 @@ inline std::vector<Fiber> fibers;
 inline std::vector<char> stacks;
 inline ucontext_t scheduler;
 inline unsigned current, alive;
+inline uint32_t shuffle = 1;
 inline Barrier block_barrier;
 inline std::vector<Barrier> warp_barriers;
 inline uint32_t exchanged[32][32][8];  // [warp][lane][register]
@@ -101,13 +102,20 @@ inline void run_block() {
   block_barrier = {};
   warp_barriers.assign(threads / 32, {});
   alive = threads;
+  if (threads & (threads - 1)) {
+    std::fprintf(stderr, "blocks have a power of two of threads here, not %u\n", threads);
+    std::abort();
+  }
   unsigned idle_rounds = 0;
   while (alive > 0) {
     const unsigned before = alive;
     const unsigned generation = block_barrier.generation;
     unsigned warp_generations = 0;
     for (const Barrier& barrier : warp_barriers) warp_generations += barrier.generation;
-    for (unsigned i = 0; i < threads; ++i) {
+    // Another order in every round, so that a missing barrier shows.
+    shuffle = shuffle * 1664525u + 1013904223u;
+    for (unsigned turn = 0; turn < threads; ++turn) {
+      const unsigned i = (turn * (shuffle >> 8 | 1u) + (shuffle >> 16)) % threads;
       if (fibers[i].finished) continue;
       current = i;
       threadIdx.x = i;
