@@ -2,7 +2,8 @@
 
     python bench/check_kernels.py
 
-Prints one line per case; exit status 1 if any error exceeds that of plain PyTorch at the same dtype.
+The passes of the CUDA library are checked where it is built, on shapes that they take. Prints one line per case; exit
+status 1 if any error exceeds that of plain PyTorch at the same dtype.
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ import sys
 import torch
 
 from sda_fast.kernels import moda_naive as naive
-from sda_fast.kernels.moda_backward import dx_pass, dy_pass
-from sda_fast.kernels.moda_forward import expand_add, project
 from sda_fast.kernels.moda_gemm import gated_linear
 from sda_fast.kernels.nf4 import decode_4bit
 from sda_fast.kernels.nf4_linear import small_linear_4bit
 from sda_fast.kernels.philox import dropout_scale
+from sda_fast.ops import cuda_library
 from sda_fast.ops.dropout import keep_mask
+from sda_fast.ops.passes import CUDA, TRITON, Passes
 
 SCALING, SEED, DROPOUT = 4.0, 123456789012, 0.1
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 # M, K, N, R, E
 SHAPES = [(17, 129, 70, 24, 8), (129, 64, 33, 66, 33), (40, 129, 17, 256, 64)]
+CUDA_SHAPES = [(17, 136, 72, 8, 8), (129, 1064, 520, 16, 4), (300, 264, 1032, 24, 8), (1000, 4104, 600, 64, 16)]
 
 
 def error_ratio(actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> float:
@@ -37,8 +39,10 @@ def doubled(*inputs: object) -> list[object]:
     return [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in inputs]
 
 
-def moda_ratios(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The error ratio of every MoDA kernel for one shape and dtype."""
+def moda_ratios(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, passes: Passes = TRITON
+) -> dict[str, float]:
+    """The error ratio of every MoDA kernel for one shape and dtype; the CUDA passes' names end in ", CUDA"."""
     M, K, N, R, E = shape
     x, dx = (torch.randn(M, K, device=device).to(dtype) for _ in range(2))
     y, dy = (torch.randn(M, N, device=device).to(dtype) for _ in range(2))
@@ -51,23 +55,29 @@ def moda_ratios(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     gate = naive.naive_gate(gates, ids, SCALING, M, R)
     ratios = {}
 
+    suffix = ", CUDA" if passes is CUDA else ""
+
     def compare(name: str, actual: tuple[torch.Tensor, ...], function: object, *inputs: object) -> None:
         plain, truth = function(*inputs), function(*doubled(*inputs))
         if torch.is_tensor(plain):
             plain, truth = (plain,), (truth,)
-        ratios[name] = max(error_ratio(*triple) for triple in zip(actual, plain, truth, strict=True))
+        ratios[name + suffix] = max(error_ratio(*triple) for triple in zip(actual, plain, truth, strict=True))
 
-    compare("project", (project(x, lora_A, **dropout),), naive.naive_project, x, lora_A, keep, scale)
-    compare("project, split", (project(x, lora_A, split_k=3),), naive.naive_project, x, lora_A)
-    updated = expand_add(y.clone(), h, lora_B, gates, ids, SCALING)
+    compare("project", (passes.project(x, lora_A, **dropout),), naive.naive_project, x, lora_A, keep, scale)
+    split = {"parts": 3} if passes is CUDA else {"split_k": 3}
+    compare("project, split", (passes.project(x, lora_A, **split),), naive.naive_project, x, lora_A)
+    updated = passes.expand_add(y.clone(), h, lora_B, gates, ids, SCALING)
     compare("expand_add", (updated,), naive.naive_expand_add, y, h, lora_B, gate)
-    fused = gated_linear(x, weight, None, h, lora_B, gates, ids, SCALING)
-    compare("gated_linear", (fused,), naive.naive_gated_linear, x, weight, None, h, lora_B, gate)
+    written = passes.expand(h, lora_B, gates, ids, SCALING, bias=y[0], out=torch.full_like(y, float("nan")))
+    compare("expand", (written,), naive.naive_expand_add, y[:1].expand(M, N), h, lora_B, gate)
     inputs = (dy, h, lora_B, gates, ids, SCALING)
-    compare("dy_pass", dy_pass(*inputs), naive.naive_dy_pass, *inputs)
+    compare("dy_pass", passes.dy_pass(*inputs), naive.naive_dy_pass, *inputs)
     new_dx = dx.clone()
-    dA = dx_pass(x, dh, lora_A, new_dx, **dropout)
+    dA = passes.dx_pass(x, dh, lora_A, new_dx, **dropout)
     compare("dx_pass", (dA, new_dx), naive.naive_dx_pass, x, dh, lora_A, dx, keep, scale)
+    if passes is TRITON:
+        fused = gated_linear(x, weight, None, h, lora_B, gates, ids, SCALING)
+        compare("gated_linear", (fused,), naive.naive_gated_linear, x, weight, None, h, lora_B, gate)
     return ratios
 
 
@@ -105,14 +115,19 @@ def main() -> int:
     half = torch.bfloat16 if device.type == "cuda" else torch.float16
     failures = 0
     torch.manual_seed(0)
-    for shape in SHAPES:
-        for dtype in (torch.float32, half):
-            ratios = {**moda_ratios(shape, dtype, device), **four_bit_ratios(shape, dtype, device)}
-            for name, ratio in ratios.items():
-                failures += ratio > 1
-                verdict = "ok" if ratio <= 1 else "FAILED"
-                print(f"{name:<20} M,K,N,R,E={shape!s:<24} {dtype!s:<15} error/allowed {ratio:8.3f} {verdict}")
-    print(f"{failures} failures")
+    cases = [(shape, dtype, TRITON) for shape in SHAPES for dtype in (torch.float32, half)]
+    lacking = cuda_library.reason_unavailable(device)
+    if lacking is None:
+        cases += [(shape, dtype, CUDA) for shape in CUDA_SHAPES for dtype in (torch.bfloat16, torch.float16)]
+    for shape, dtype, passes in cases:
+        ratios = moda_ratios(shape, dtype, device, passes)
+        if passes is TRITON:
+            ratios |= four_bit_ratios(shape, dtype, device)
+        for name, ratio in ratios.items():
+            failures += ratio > 1
+            verdict = "ok" if ratio <= 1 else "FAILED"
+            print(f"{name:<20} M,K,N,R,E={shape!s:<24} {dtype!s:<15} error/allowed {ratio:8.3f} {verdict}")
+    print(f"{failures} failures" + (f", without the CUDA passes: {lacking}" if lacking else ""))
     return 1 if failures else 0
 
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Correctness, memory check and timings on a machine with a GPU and no network, in less than 8 minutes.
+# Correctness, memory check and timings on a machine with a GPU and no network, in less than 8 minutes, 10 if the CUDA
+# library has to be built first.
 #   bash bench/gpu.sh [FOLDER FOR RESULTS]
-# Needs torch and triton; pytest, bitsandbytes, peft and compute-sanitizer are used where they are installed.
+# Needs torch and triton; pytest, bitsandbytes, peft and compute-sanitizer are used where they are installed. With nvcc the
+# CUDA library is built for this card if it is not there.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-bench/results}
@@ -23,8 +25,13 @@ step() {
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name())' || exit 1
 
+library=sda_fast/ops/libsda_fast_cuda.so
+if [ ! -f "$library" ] && { command -v nvcc || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; } >/dev/null; then
+    capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+    SDA_FAST_CUDA_TARGETS=$capability step library 120 "$python" csrc/compile.py "$library"
+fi
 step kernels 80 "$python" bench/check_kernels.py
-suite=(tests/kernels/test_moda_kernels.py tests/kernels/test_nf4_kernels.py tests/csrc/test_csrc_on_gpu.py tests/ops tests/moda)
+suite=(tests/kernels/test_moda_kernels.py tests/kernels/test_nf4_kernels.py tests/csrc/test_csrc_on_gpu.py tests/csrc/test_csrc_passes_on_gpu.py tests/ops tests/moda)
 if "$python" -c 'import xdist' 2>/dev/null; then
     # Compiling takes most of the time.
     step suite 115 "$python" -m pytest -p no:cacheprovider -n 12 --dist worksteal "${suite[@]}"
@@ -39,7 +46,7 @@ if [ -n "$sanitizer" ]; then
 else
     summary+=("memcheck     not run: compute-sanitizer is not installed")
 fi
-step speed 35 "$python" bench/kernel_speed.py --out "$results/kernel_speed.json"
+step speed 45 "$python" bench/kernel_speed.py --out "$results/kernel_speed.json"
 # Into a folder of its own: what was measured here decides nothing until it is put where tables are looked for.
 step tune 45 "$python" -m sda_fast.cli bench --tune --device cuda --seconds 0.1 --limit 35 --output "$results/tuned"
 step nf4 45 "$python" -m sda_fast.cli bench --what nf4 --device cuda --seconds 0.3 --limit 33 --no-picture \

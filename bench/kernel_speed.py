@@ -2,7 +2,8 @@
 
     python bench/kernel_speed.py [--out results.json] [--quick]
 
-Times are medians of repeated launches between device events, with the L2 cache cleared before each.
+Times are medians of repeated launches between device events, with the L2 cache cleared before each. The low-rank passes
+of the CUDA library stand beside their Triton twins where it is built.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import torch
 import triton
 
 import check_kernels
-from sda_fast.kernels.moda_backward import dx_pass, dy_pass
-from sda_fast.kernels.moda_forward import expand_add, project
 from sda_fast.kernels.moda_gemm import gated_linear
 from sda_fast.kernels.nf4 import decode_4bit
 from sda_fast.kernels.nf4_linear import small_linear_4bit
+from sda_fast.ops import cuda_library
+from sda_fast.ops.passes import CUDA, TRITON, Passes
 
 SCALING, DTYPE, EXPERTS, BLOCKSIZE = 4.0, torch.bfloat16, 8, 64
 
@@ -38,6 +39,11 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / (median_milliseconds(lambda: target.copy_(source)) * 1e-3)
 
 
+def implementations(device: torch.device) -> dict[str, Passes]:
+    """The passes to time, by what is added to their names."""
+    return {"": TRITON} | ({", CUDA": CUDA} if cuda_library.is_available(device) else {})
+
+
 def cases(M: int, K: int, N: int, R: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int, str]]:
     """name -> (launch, bytes that must be moved, the kernel whose check it needs)."""
     x, dx = (torch.randn(M, K, device=device).to(DTYPE) for _ in range(2))
@@ -49,28 +55,41 @@ def cases(M: int, K: int, N: int, R: int, device: torch.device) -> dict[str, tup
     seed = torch.tensor([1], device=device)
     size, low_rank = x.element_size(), 4 * M * R
     # dx and y keep growing by tiny steps under repetition; their values do not matter to the time.
-    return {
-        "project": (lambda: project(x, lora_A), size * M * K + low_rank + lora_A.nbytes, "project"),
-        "project, dropout": (
-            lambda: project(x, lora_A, dropout_p=0.1, seed=seed),
-            size * M * K + low_rank + lora_A.nbytes,
-            "project",
-        ),
-        "expand_add": (
-            lambda: expand_add(y, h, lora_B, gates, ids, SCALING),
-            2 * size * M * N + low_rank + lora_B.nbytes,
-            "expand_add",
-        ),
-        "dy_pass": (
-            lambda: dy_pass(dy, h, lora_B, gates, ids, SCALING),
-            size * M * N + 2 * low_rank + 2 * lora_B.nbytes,
-            "dy_pass",
-        ),
-        "dx_pass, dropout": (
-            lambda: dx_pass(x, dh, lora_A, dx, dropout_p=0.1, seed=seed),
-            3 * size * M * K + low_rank + 2 * lora_A.nbytes,
-            "dx_pass",
-        ),
+    timed = {}
+    for suffix, passes in implementations(device).items():
+        timed |= {
+            f"project{suffix}": (
+                lambda passes=passes: passes.project(x, lora_A),
+                size * M * K + low_rank + lora_A.nbytes,
+                f"project{suffix}",
+            ),
+            f"project, dropout{suffix}": (
+                lambda passes=passes: passes.project(x, lora_A, dropout_p=0.1, seed=seed),
+                size * M * K + low_rank + lora_A.nbytes,
+                f"project{suffix}",
+            ),
+            f"expand{suffix}": (
+                lambda passes=passes: passes.expand(h, lora_B, gates, ids, SCALING, out=y),
+                size * M * N + low_rank + lora_B.nbytes,
+                f"expand{suffix}",
+            ),
+            f"expand_add{suffix}": (
+                lambda passes=passes: passes.expand_add(y, h, lora_B, gates, ids, SCALING),
+                2 * size * M * N + low_rank + lora_B.nbytes,
+                f"expand_add{suffix}",
+            ),
+            f"dy_pass{suffix}": (
+                lambda passes=passes: passes.dy_pass(dy, h, lora_B, gates, ids, SCALING),
+                size * M * N + 2 * low_rank + 2 * lora_B.nbytes,
+                f"dy_pass{suffix}",
+            ),
+            f"dx_pass, dropout{suffix}": (
+                lambda passes=passes: passes.dx_pass(x, dh, lora_A, dx, dropout_p=0.1, seed=seed),
+                3 * size * M * K + low_rank + 2 * lora_A.nbytes,
+                f"dx_pass{suffix}",
+            ),
+        }
+    return timed | {
         "library x W^T": (
             lambda: torch.nn.functional.linear(x, weight),
             size * (M * K + N * K + M * N),
@@ -127,10 +146,15 @@ def main() -> int:
     torch.manual_seed(0)
     shape = check_kernels.SHAPES[0]
     ratios = check_kernels.moda_ratios(shape, DTYPE, device) | check_kernels.four_bit_ratios(shape, DTYPE, device)
+    lacking = cuda_library.reason_unavailable(device)
+    if lacking is None:
+        ratios |= check_kernels.moda_ratios(check_kernels.CUDA_SHAPES[-1], DTYPE, device, CUDA)
+    else:
+        print(f"without the CUDA library's passes: {lacking}")
     bandwidth = copy_bandwidth(device)
     name = torch.cuda.get_device_name(device)
     print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
-    print(f"{'kernel':<22} {'M':>6} {'R':>4} {'microseconds':>13} {'TB/s':>6} {'of copy':>8}")
+    print(f"{'kernel':<24} {'M':>6} {'R':>4} {'microseconds':>13} {'TB/s':>6} {'of copy':>8}")
     rows = []
     for M, R in [(8192, 8)] if arguments.quick else [(8192, 8), (8192, 64), (512, 8), (32768, 8)]:
         K = N = 3584
@@ -139,12 +163,12 @@ def main() -> int:
             todo |= four_bit_cases(K, N, R, device)
         for case, (launch, moved, checked_by) in todo.items():
             if ratios[checked_by] > 1:
-                print(f"{case:<22} {M:>6} {R:>4}   not timed: its check fails")
+                print(f"{case:<24} {M:>6} {R:>4}   not timed: its check fails")
                 continue
             seconds = median_milliseconds(launch) * 1e-3
             rows.append({"kernel": case, "M": M, "K": K, "N": N, "R": R, "seconds": seconds, "bytes": moved})
             rate = moved / seconds
-            print(f"{case:<22} {M:>6} {R:>4} {seconds * 1e6:>13.1f} {rate / 1e12:>6.2f} {rate / bandwidth:>8.0%}")
+            print(f"{case:<24} {M:>6} {R:>4} {seconds * 1e6:>13.1f} {rate / 1e12:>6.2f} {rate / bandwidth:>8.0%}")
     if arguments.out:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
         document = {"device": name, "versions": versions, "copy_bytes_per_second": bandwidth, "rows": rows}

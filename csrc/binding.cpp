@@ -232,6 +232,225 @@ void moda_gates_backward(Tensor dgates, Tensor gates, Tensor gate_embedding, Ten
   check_launch(sda::gates_backward(arguments, current_stream(gates)));
 }
 
+// The passes count rows and columns in 32 bits, with room for a last block.
+int pass_size(int64_t size, const char* name) {
+  STD_TORCH_CHECK(size < (int64_t(1) << 31) - (int64_t(1) << 16), name, " has ", size, " rows or columns, too many");
+  return int(size);
+}
+
+void check_matrix(const Tensor& tensor, const char* name, const Tensor& beside) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == beside.get_device_index(), name,
+                  " must be a CUDA tensor on the device of the activations");
+  STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1), name,
+                  " must be a matrix whose columns are neighbours in memory");
+}
+
+// x, y or their gradients: rows that can be read in 16-byte pieces.
+void check_activations(const Tensor& tensor, const char* name, const Tensor& beside) {
+  check_matrix(tensor, name, beside);
+  STD_TORCH_CHECK(tensor.scalar_type() == beside.scalar_type(), name, " must be of the dtype of the other activations");
+  STD_TORCH_CHECK(tensor.size(1) > 0 && tensor.size(1) % 8 == 0, name, " must have a multiple of 8 columns, got ",
+                  tensor.size(1));
+  STD_TORCH_CHECK((tensor.size(0) <= 1 || tensor.stride(0) % 8 == 0) && sda::is_aligned(tensor.const_data_ptr(), 16), name,
+                  " must have 16-byte aligned rows");
+}
+
+// h or dh [M, R].
+void check_low_rank(const Tensor& tensor, const char* name, const Tensor& beside, int64_t M, int64_t R) {
+  check_matrix(tensor, name, beside);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.size(0) == M && tensor.size(1) == R, name,
+                  " must be a float32 [", M, ", ", R, "], got [", tensor.size(0), ", ", tensor.size(1), "]");
+  STD_TORCH_CHECK(R >= 1 && R <= sda::kMaxPassRank, "the rank must be 1 to ", sda::kMaxPassRank, ", got ", R);
+}
+
+sda::ScalarKind lora_kind(const Tensor& lora, const char* name, const Tensor& activations, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(lora.is_cuda() && lora.get_device_index() == activations.get_device_index(), name,
+                  " must be a CUDA tensor on the device of the activations");
+  STD_TORCH_CHECK(lora.dim() == 2 && lora.size(0) == rows && lora.size(1) == columns, name, " must be [", rows, ", ",
+                  columns, "]");
+  STD_TORCH_CHECK(lora.scalar_type() == ScalarType::Float || lora.scalar_type() == activations.scalar_type(), name,
+                  " must be float32 or of the dtype of the activations");
+  return lora.scalar_type() == ScalarType::Float ? sda::ScalarKind::kFloat32
+                                                 : scalar_kind(activations, "activations", false, true);
+}
+
+sda::DropoutArguments dropout_arguments(const OptionalTensor& seed, int64_t threshold, double keep_scale) {
+  if (threshold == 0) return {nullptr, 0, 1.f};
+  STD_TORCH_CHECK(threshold > 0 && threshold <= 65536, "threshold must be 0 to 65536, got ", threshold);
+  STD_TORCH_CHECK(seed.has_value(), "dropout needs a seed");
+  check_dense(*seed, "seed");
+  STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, "seed must be one int64");
+  return {static_cast<const int64_t*>(seed->const_data_ptr()), int(threshold), float(keep_scale)};
+}
+
+sda::GateTable gate_table(const Tensor& gates, const OptionalTensor& modality_ids, int64_t rows_per_id, double scaling,
+                          int64_t M, int64_t R) {
+  sda::GateTable table{};
+  table.gates = float_pointer(gates, "gates", 0);
+  STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) > 0 && R % gates.size(1) == 0, "gates must be [lines, E] with E dividing ",
+                  R);
+  table.lines = pass_size(gates.size(0), "gates");
+  table.num_experts = int(gates.size(1));
+  table.scaling = float(scaling);
+  table.rows_per_id = pass_size(rows_per_id, "rows_per_id");
+  if (!modality_ids.has_value()) {
+    STD_TORCH_CHECK(table.lines == 1 || table.lines == M, "without modality_ids gates must have 1 or ", M, " lines, got ",
+                    table.lines);
+    return table;
+  }
+  check_dense(*modality_ids, "modality_ids");
+  table.ids_are_64bit = modality_ids->scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(table.ids_are_64bit || modality_ids->scalar_type() == ScalarType::Int, "modality_ids must be int32 or int64");
+  STD_TORCH_CHECK(rows_per_id >= 1 && modality_ids->numel() >= (M + rows_per_id - 1) / rows_per_id, "modality_ids has ",
+                  modality_ids->numel(), " entries for ", M, " rows, ", rows_per_id, " to an entry");
+  table.ids = modality_ids->const_data_ptr();
+  return table;
+}
+
+// Memory for parts, held by `owner` until the launches are queued.
+float* parts_of(OptionalTensor& owner, const Tensor& beside, int64_t numel) {
+  owner = torch::stable::new_empty(beside, {numel}, ScalarType::Float);
+  return static_cast<float*>(owner->mutable_data_ptr());
+}
+
+void moda_project(Tensor x, Tensor lora_A, OptionalTensor seed, int64_t threshold, double keep_scale, Tensor h,
+                  int64_t parts) {
+  check_activations(x, "x", x);
+  sda::ProjectArguments arguments{};
+  arguments.kind = scalar_kind(x, "x", false, true);
+  arguments.M = pass_size(x.size(0), "x");
+  arguments.K = pass_size(x.size(1), "x");
+  arguments.R = int(h.size(1));
+  check_low_rank(h, "h", x, arguments.M, arguments.R);
+  check_dense(lora_A, "lora_A");
+  arguments.lora_kind = lora_kind(lora_A, "lora_A", x, arguments.R, arguments.K);
+  STD_TORCH_CHECK(sda::is_aligned(lora_A.const_data_ptr(), 16), "lora_A must be 16-byte aligned");
+  arguments.x = x.const_data_ptr();
+  arguments.x_stride = x.stride(0);
+  arguments.lora_A = lora_A.const_data_ptr();
+  arguments.h = static_cast<float*>(h.mutable_data_ptr());
+  arguments.h_stride = h.stride(0);
+  arguments.dropout = dropout_arguments(seed, threshold, keep_scale);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  arguments.splits = sda::project_splits(arguments, int(parts));
+  OptionalTensor of_splits;
+  if (arguments.splits > 1) {
+    arguments.parts = parts_of(of_splits, x, int64_t(arguments.splits) * arguments.M * arguments.R);
+  }
+  check_launch(sda::project(arguments, current_stream(x)));
+}
+
+void moda_expand(Tensor y, Tensor h, Tensor lora_B, OptionalTensor bias, OptionalTensor gates, OptionalTensor modality_ids,
+                 int64_t rows_per_id, double scaling, OptionalTensor seed, int64_t threshold, double keep_scale, bool adds) {
+  check_activations(y, "y", y);
+  sda::ExpandArguments arguments{};
+  arguments.kind = scalar_kind(y, "y", false, true);
+  arguments.M = pass_size(y.size(0), "y");
+  arguments.N = pass_size(y.size(1), "y");
+  arguments.R = int(h.size(1));
+  check_low_rank(h, "h", y, arguments.M, arguments.R);
+  arguments.lora_kind = lora_kind(lora_B, "lora_B", y, arguments.N, arguments.R);
+  arguments.y = y.mutable_data_ptr();
+  arguments.y_stride = y.stride(0);
+  arguments.h = static_cast<const float*>(h.const_data_ptr());
+  arguments.h_stride = h.stride(0);
+  arguments.lora_B = lora_B.const_data_ptr();
+  arguments.lora_stride_column = lora_B.stride(0);
+  arguments.lora_stride_rank = lora_B.stride(1);
+  arguments.adds = adds;
+  arguments.dropout = dropout_arguments(seed, threshold, keep_scale);
+  if (gates.has_value()) arguments.gate = gate_table(*gates, modality_ids, rows_per_id, scaling, arguments.M, arguments.R);
+  if (bias.has_value()) {
+    check_dense(*bias, "bias");
+    STD_TORCH_CHECK(threshold == 0, "there is no bias beside dropout");
+    STD_TORCH_CHECK(bias->numel() == arguments.N && bias->scalar_type() == y.scalar_type(), "bias must be [N] of y's dtype");
+    arguments.bias = bias->const_data_ptr();
+  }
+  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+  check_launch(sda::expand(arguments, current_stream(y)));
+}
+
+float* gradient_of(const OptionalTensor& gradient, const char* name, int64_t rows, int64_t columns) {
+  if (!gradient.has_value()) return nullptr;
+  check_dense(*gradient, name);
+  STD_TORCH_CHECK(gradient->scalar_type() == ScalarType::Float && gradient->dim() == 2 && gradient->size(0) == rows &&
+                      gradient->size(1) == columns,
+                  name, " must be a float32 [", rows, ", ", columns, "]");
+  return static_cast<float*>(gradient->mutable_data_ptr());
+}
+
+void moda_dy_pass(Tensor dy, Tensor h, Tensor lora_B, Tensor gates, OptionalTensor modality_ids, int64_t rows_per_id,
+                  double scaling, OptionalTensor dh, OptionalTensor dB, OptionalTensor dgates, int64_t parts) {
+  check_activations(dy, "dy", dy);
+  sda::DyArguments arguments{};
+  arguments.kind = scalar_kind(dy, "dy", false, true);
+  arguments.M = pass_size(dy.size(0), "dy");
+  arguments.N = pass_size(dy.size(1), "dy");
+  arguments.R = int(h.size(1));
+  check_low_rank(h, "h", dy, arguments.M, arguments.R);
+  check_dense(lora_B, "lora_B");
+  arguments.lora_kind = lora_kind(lora_B, "lora_B", dy, arguments.N, arguments.R);
+  arguments.dy = dy.const_data_ptr();
+  arguments.dy_stride = dy.stride(0);
+  arguments.h = static_cast<const float*>(h.const_data_ptr());
+  arguments.h_stride = h.stride(0);
+  arguments.lora_B = lora_B.const_data_ptr();
+  arguments.gate = gate_table(gates, modality_ids, rows_per_id, scaling, arguments.M, arguments.R);
+  if (dh.has_value()) {
+    check_low_rank(*dh, "dh", dy, arguments.M, arguments.R);
+    arguments.dh = static_cast<float*>(dh->mutable_data_ptr());
+    arguments.dh_stride = dh->stride(0);
+  }
+  const int64_t lines = arguments.gate.lines, num_experts = arguments.gate.num_experts;
+  arguments.dB = gradient_of(dB, "dB", arguments.N, arguments.R);
+  arguments.dgates = gradient_of(dgates, "dgates", lines, num_experts);
+  const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
+  arguments.chunks = sda::dy_chunks(arguments, int(parts));
+  OptionalTensor of_dhg, of_dB, of_dgates;
+  if (arguments.dh != nullptr || arguments.dgates != nullptr) {
+    arguments.dhg_parts = parts_of(of_dhg, dy, int64_t(sda::dy_column_blocks(arguments)) * arguments.M * arguments.R);
+  }
+  if (arguments.dB != nullptr) {
+    arguments.dB_parts = parts_of(of_dB, dy, int64_t(arguments.chunks) * arguments.N * arguments.R);
+  }
+  if (arguments.dgates != nullptr && !sda::has_line_per_row(arguments.gate, arguments.M)) {
+    arguments.dgates_parts = parts_of(of_dgates, dy, int64_t(sda::dy_gate_parts(arguments)) * lines * num_experts);
+  }
+  check_launch(sda::dy_pass(arguments, current_stream(dy)));
+}
+
+void moda_dx_pass(Tensor x, Tensor dh, Tensor lora_A, OptionalTensor dx, Tensor dA, OptionalTensor seed, int64_t threshold,
+                  double keep_scale, bool adds, int64_t parts) {
+  check_activations(x, "x", x);
+  sda::DxArguments arguments{};
+  arguments.kind = scalar_kind(x, "x", false, true);
+  arguments.M = pass_size(x.size(0), "x");
+  arguments.K = pass_size(x.size(1), "x");
+  arguments.R = int(dh.size(1));
+  check_low_rank(dh, "dh", x, arguments.M, arguments.R);
+  check_dense(lora_A, "lora_A");
+  arguments.lora_kind = lora_kind(lora_A, "lora_A", x, arguments.R, arguments.K);
+  arguments.x = x.const_data_ptr();
+  arguments.x_stride = x.stride(0);
+  arguments.dh = static_cast<const float*>(dh.const_data_ptr());
+  arguments.dh_stride = dh.stride(0);
+  arguments.lora_A = lora_A.const_data_ptr();
+  if (dx.has_value()) {
+    check_activations(*dx, "dx", x);
+    STD_TORCH_CHECK(dx->size(0) == arguments.M && dx->size(1) == arguments.K, "dx must be of x's shape");
+    arguments.dx = dx->mutable_data_ptr();
+    arguments.dx_stride = dx->stride(0);
+  }
+  arguments.dA = gradient_of(dA, "dA", arguments.R, arguments.K);
+  arguments.dropout = dropout_arguments(seed, threshold, keep_scale);
+  arguments.adds = adds;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  arguments.chunks = sda::dx_chunks(arguments, int(parts));
+  OptionalTensor of_dA;
+  arguments.dA_parts = parts_of(of_dA, x, int64_t(arguments.chunks) * arguments.R * arguments.K);
+  check_launch(sda::dx_pass(arguments, current_stream(x)));
+}
+
 }  // namespace
 
 #define SDA_WEIGHT_SCHEMA                                                                           \
@@ -247,6 +466,14 @@ STABLE_TORCH_LIBRARY(sda_fast_cuda, library) {
   library.def("moda_gates(Tensor gate_embedding, Tensor gate_proj, int modality, Tensor(a!) out) -> ()");
   library.def("moda_gates_backward(Tensor dgates, Tensor gates, Tensor gate_embedding, Tensor gate_proj, int modality, "
               "Tensor(a!)? dembedding, Tensor(b!)? dproj) -> ()");
+  library.def("moda_project(Tensor x, Tensor lora_A, Tensor? seed, int threshold, float keep_scale, Tensor(a!) h, "
+              "int parts=0) -> ()");
+  library.def("moda_expand(Tensor(a!) y, Tensor h, Tensor lora_B, Tensor? bias, Tensor? gates, Tensor? modality_ids, "
+              "int rows_per_id, float scaling, Tensor? seed, int threshold, float keep_scale, bool adds) -> ()");
+  library.def("moda_dy_pass(Tensor dy, Tensor h, Tensor lora_B, Tensor gates, Tensor? modality_ids, int rows_per_id, "
+              "float scaling, Tensor(a!)? dh, Tensor(b!)? dB, Tensor(c!)? dgates, int parts=0) -> ()");
+  library.def("moda_dx_pass(Tensor x, Tensor dh, Tensor lora_A, Tensor(a!)? dx, Tensor(b!) dA, Tensor? seed, "
+              "int threshold, float keep_scale, bool adds, int parts=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sda_fast_cuda, CUDA, library) {
@@ -255,4 +482,8 @@ STABLE_TORCH_LIBRARY_IMPL(sda_fast_cuda, CUDA, library) {
   library.impl("linear_4bit", TORCH_BOX(&linear_4bit));
   library.impl("moda_gates", TORCH_BOX(&moda_gates));
   library.impl("moda_gates_backward", TORCH_BOX(&moda_gates_backward));
+  library.impl("moda_project", TORCH_BOX(&moda_project));
+  library.impl("moda_expand", TORCH_BOX(&moda_expand));
+  library.impl("moda_dy_pass", TORCH_BOX(&moda_dy_pass));
+  library.impl("moda_dx_pass", TORCH_BOX(&moda_dx_pass));
 }

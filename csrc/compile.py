@@ -18,7 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KERNEL_SOURCES = ("decode.cu", "decode_fold.cu", "linear.cu", "gates.cu")
+KERNEL_SOURCES = (
+    *("decode.cu", "decode_fold.cu", "linear.cu", "gates.cu"),
+    *("passes_forward.cu", "passes_backward.cu", "add_parts.cu"),
+)
 BINDING_SOURCE = "binding.cpp"
 # Compute capabilities; SDA_FAST_CUDA_TARGETS=90 builds for one card, and sooner.
 TARGETS = tuple(os.environ.get("SDA_FAST_CUDA_TARGETS", "80,86,89,90").split(","))

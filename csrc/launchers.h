@@ -67,4 +67,110 @@ struct GatesArguments {
 cudaError_t gates(const GatesArguments& arguments, cudaStream_t stream);
 cudaError_t gates_backward(const GatesArguments& arguments, cudaStream_t stream);
 
+// The low-rank passes. Activations are bfloat16 or float16, their rows strided and 16-byte aligned, K and N multiples of 8;
+// h and dh are float32 with strided rows, an adapter's matrix is dense and float32 or of the activations' kind. M is below
+// 2^31 - 2^16. Sums over rows or over blocks of columns are written in parts, which are added in their order.
+constexpr int kMaxPassRank = 64;
+
+struct DropoutArguments {
+  const int64_t* seed;  // null without dropout
+  int threshold;        // an element is dropped if its 16-bit sample is below it; 1 to 65536
+  float scale;          // of a kept element; 1 without dropout
+};
+
+// G[row, j] = scaling * gates[line(row), j / (R / E)]; line(row) is ids[row / rows_per_id], or without ids the row, or 0 if
+// there is one line.
+struct GateTable {
+  const float* gates;  // [lines, E], or null for no gate at all
+  const void* ids;     // int32 or int64, or null
+  int ids_are_64bit;
+  int rows_per_id;
+  int lines;
+  int num_experts;
+  float scaling;
+};
+inline bool has_line_per_row(const GateTable& gate, int M) { return gate.ids == nullptr && gate.lines == M && M != 1; }
+
+// h = dropout(x) A^T.
+struct ProjectArguments {
+  const void* x;  // [M, K]
+  int64_t x_stride;
+  const void* lora_A;  // [R, K], 16-byte aligned
+  ScalarKind kind, lora_kind;
+  float* h;  // [M, R]
+  int64_t h_stride;
+  DropoutArguments dropout;
+  int M, K, R;
+  int splits;    // from project_splits
+  float* parts;  // [splits, M, R], or null with one split
+};
+// Into how many parts K is split among CTAs: `wanted`, or with 0 what fills the device.
+int project_splits(const ProjectArguments& arguments, int wanted);
+cudaError_t project(const ProjectArguments& arguments, cudaStream_t stream);
+
+// y = [y +] mask / (1 - p) * (h * G) B^T [+ bias], rounded once.
+struct ExpandArguments {
+  void* y;  // [M, N]
+  int64_t y_stride;
+  const void* bias;  // [N] of y's kind, or null; not with dropout
+  const float* h;    // [M, R]
+  int64_t h_stride;
+  const void* lora_B;  // [N, R] with any strides
+  int64_t lora_stride_column, lora_stride_rank;
+  ScalarKind kind, lora_kind;
+  GateTable gate;
+  DropoutArguments dropout;
+  int M, N, R;
+  int adds;  // 0: what y holds is not read
+};
+cudaError_t expand(const ExpandArguments& arguments, cudaStream_t stream);
+
+// dh = (dy B) * G, dB = dy^T (h * G) and the gates' gradients; each only where it is wanted.
+struct DyArguments {
+  const void* dy;  // [M, N]
+  int64_t dy_stride;
+  const float* h;  // [M, R]
+  int64_t h_stride;
+  const void* lora_B;  // [N, R]
+  ScalarKind kind, lora_kind;
+  GateTable gate;
+  float* dh;  // [M, R], or null
+  int64_t dh_stride;
+  float* dB;      // [N, R], or null
+  float* dgates;  // [lines, E], or null
+  int M, N, R;
+  int chunks;           // of rows, from dy_chunks
+  float* dhg_parts;     // [dy_column_blocks, M, R], or null if neither dh nor dgates is wanted
+  float* dB_parts;      // [chunks, N, R], or null without dB
+  float* dgates_parts;  // [dy_gate_parts, lines, E], or null without dgates or with a line for each row
+};
+int dy_chunks(const DyArguments& arguments, int wanted);
+int dy_column_blocks(const DyArguments& arguments);
+int dy_gate_parts(const DyArguments& arguments);
+cudaError_t dy_pass(const DyArguments& arguments, cudaStream_t stream);
+
+// dA = dh^T dropout(x) and, where dx is given, dx = [dx +] mask / (1 - p) * (dh A), rounded once.
+struct DxArguments {
+  const void* x;  // [M, K]
+  int64_t x_stride;
+  const float* dh;  // [M, R]
+  int64_t dh_stride;
+  const void* lora_A;  // [R, K]
+  ScalarKind kind, lora_kind;
+  void* dx;  // [M, K], or null
+  int64_t dx_stride;
+  float* dA;  // [R, K]
+  DropoutArguments dropout;
+  int M, K, R;
+  int adds;         // 0: what dx holds is not read
+  int chunks;       // of rows, from dx_chunks
+  float* dA_parts;  // [chunks, R, K]
+};
+int dx_chunks(const DxArguments& arguments, int wanted);
+cudaError_t dx_pass(const DxArguments& arguments, cudaStream_t stream);
+
+// out [rows, columns] = the sum of parts [count, rows, columns] in their order.
+cudaError_t add_parts(const float* parts, int count, int64_t rows, int columns, float* out, int64_t out_stride,
+                      cudaStream_t stream);
+
 }  // namespace sda

@@ -1,4 +1,5 @@
 """The optional CUDA library built from csrc/: whether it is there, and its operations on described weights and gates.
+Those on activations are in `cuda_passes`.
 
 Nothing is loaded at import. The library writes into tensors that the caller gives and knows no autograd; the operations
 of this package decide when to call it. Everything here also exists without it: in Triton (sda_fast.kernels.nf4), the
@@ -20,7 +21,10 @@ from sda_fast.ops.quantized import QUANT_TYPES, WeightLayout
 logger = logging.getLogger(__name__)
 
 LIBRARY_PATH = Path(__file__).with_name("libsda_fast_cuda.so")
-OPERATIONS = ("decode_4bit", "decode_fold_4bit", "linear_4bit", "moda_gates", "moda_gates_backward")
+OPERATIONS = (
+    *("decode_4bit", "decode_fold_4bit", "linear_4bit", "moda_gates", "moda_gates_backward"),
+    *("moda_project", "moda_expand", "moda_dy_pass", "moda_dx_pass"),
+)
 LARGEST_EXPERTS = 256
 # The code is rounded to 16 bits as code * multiplier, and the multiplier divided out of the float32 sum: those of NF4
 # leave the least rounding error of its 16 values, less than half of a decoded weight's; FP4 becomes exact.

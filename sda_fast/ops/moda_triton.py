@@ -1,4 +1,7 @@
-"""The Triton path of MoDA for layers that share x: library GEMMs for the frozen weights, our kernels around them."""
+"""The Triton path of MoDA for layers that share x: library GEMMs for the frozen weights, our kernels around them.
+
+The kernels of the low-rank passes are those that `passes` chooses.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sda_fast.kernels.moda_backward import dx_pass, dy_pass
-from sda_fast.kernels.moda_forward import expand, expand_add, project, with_unit_columns
+from sda_fast.kernels.moda_forward import with_unit_columns
 from sda_fast.kernels.moda_gemm import gated_linear
 from sda_fast.kernels.nf4 import decode_4bit
 from sda_fast.ops import cuda_library, regimes
 from sda_fast.ops.folding import SIXTEEN_BITS, packed_bytes
 from sda_fast.ops.moda_torch import Gradients, Member
+from sda_fast.ops.passes import passes_for
 from sda_fast.ops.quantized import workspaces
 
 
@@ -29,8 +32,9 @@ def rows_per_id(modality_ids: Tensor | None, rows: int) -> int:
 
 
 def hidden(x: Tensor, lora_A: Sequence[Tensor], dropout: float, seed: Tensor | None) -> Tensor:
-    """h = dropout(x) A^T of all layers, [M, sum of R]; backward draws the mask again."""
-    return project(x, stacked_A(lora_A), dropout_p=dropout, seed=seed)
+    """h = dropout(x) A^T of all layers, [M, sum of R] float32; backward draws the mask again."""
+    stacked = stacked_A(lora_A)
+    return passes_for(stacked.shape[0], x).project(x, stacked, dropout_p=dropout, seed=seed)
 
 
 def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None) -> Tensor:
@@ -45,7 +49,8 @@ def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None)
         update = update_of(member, h, modality_ids)
         if way == "accumulator":
             return gated_linear(with_unit_columns(x), with_unit_columns(weight), bias, **update)
-        y = expand(**update, bias=bias, out=x.new_empty(x.shape[0], member.layout.out_features))
+        y = x.new_empty(x.shape[0], member.layout.out_features)
+        passes_for(h.shape[1], y).expand(**update, bias=bias, out=y)
         return y.addmm_(x, weight.t())
 
 
@@ -65,7 +70,7 @@ def decoded(member: Member, dtype: torch.dtype) -> Tensor:
 
 def add_update(y: Tensor, member: Member, h: Tensor, modality_ids: Tensor | None) -> Tensor:
     """y + (h * G) B^T, in place."""
-    return expand_add(y, **update_of(member, h, modality_ids))
+    return passes_for(h.shape[1], y).expand_add(y, **update_of(member, h, modality_ids))
 
 
 def update_of(member: Member, h: Tensor, modality_ids: Tensor | None) -> dict[str, Any]:
@@ -101,7 +106,7 @@ def backward(
     h = dh if h is None else h
     gradients = Gradients(None, None, [], [])
     for member, dy in zip(members, dys, strict=True):
-        _, dB, dgates = dy_pass(
+        _, dB, dgates = passes_for(member.lora_B.shape[1], dy).dy_pass(
             dy,
             h[:, member.ranks],
             member.lora_B.contiguous(),
@@ -121,15 +126,23 @@ def backward(
     lora_A = stacked_A([member.lora_A for member in members])
     dropping: dict[str, Any] = {"dropout_p": dropout, "seed": seed, "needs_dA": needs_A}
     if not needs_x:
-        gradients.dA = dx_pass(x, dh, lora_A, None, **dropping)
+        gradients.dA = dx_pass(x, dh, lora_A, None, dropping)
     elif regimes.update_of_dx(dys[0], lora_A.shape[1], lora_A.shape[0]) == "before":
         dx = dys[0].new_empty(M, lora_A.shape[1])
-        gradients.dA = dx_pass(x, dh, lora_A, dx, adds=False, **dropping)
+        gradients.dA = dx_pass(x, dh, lora_A, dx, dropping | {"adds": False})
         gradients.dx = add_frozen_products(dx, dys, members)
     else:
         gradients.dx = add_frozen_products(None, dys, members)
-        gradients.dA = dx_pass(x, dh, lora_A, gradients.dx, **dropping)
+        gradients.dA = dx_pass(x, dh, lora_A, gradients.dx, dropping)
     return gradients
+
+
+def dx_pass(x: Tensor | None, dh: Tensor, lora_A: Tensor, dx: Tensor | None, options: dict[str, Any]) -> Tensor | None:
+    """dA, and dx updated in place where it is given."""
+    activations = [matrix for matrix in (x if options["needs_dA"] else None, dx) if matrix is not None]
+    if not activations:
+        return None
+    return passes_for(lora_A.shape[0], *activations).dx_pass(x, dh, lora_A, dx, **options)
 
 
 def add_frozen_products(dx: Tensor | None, dys: Sequence[Tensor], members: Sequence[Member]) -> Tensor | None:

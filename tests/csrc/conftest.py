@@ -6,13 +6,19 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable
+from ctypes import Structure, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import pytest
 import torch
 
+from sda_fast.ops import cuda_library
+
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL_FILES = ("decode.cu", "decode_fold.cu", "linear.cu", "gates.cu")
+KERNEL_FILES = (
+    *("decode.cu", "decode_fold.cu", "linear.cu", "gates.cu"),
+    *("passes_forward.cu", "passes_backward.cu", "add_parts.cu"),
+)
 SCALAR_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -123,6 +129,127 @@ class EmulatedKernels:
         )
 
 
+class Dropout(Structure):
+    """Mirrors DropoutArguments in launchers.h, as those below mirror the arguments of the passes."""
+
+    _fields_ = (("seed", c_void_p), ("threshold", c_int), ("scale", c_float))
+
+
+class Gate(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("gates", "ids")),
+        *((name, c_int) for name in ("ids_are_64bit", "rows_per_id", "lines", "num_experts")),
+        ("scaling", c_float),
+    )
+
+
+class Project(Structure):
+    _fields_ = (
+        *(("x", c_void_p), ("x_stride", c_int64), ("lora_A", c_void_p), ("kind", c_int), ("lora_kind", c_int)),
+        *(("h", c_void_p), ("h_stride", c_int64), ("dropout", Dropout)),
+        *((name, c_int) for name in ("M", "K", "R", "splits")),
+        ("parts", c_void_p),
+    )
+
+
+class Expand(Structure):
+    _fields_ = (
+        *(("y", c_void_p), ("y_stride", c_int64), ("bias", c_void_p), ("h", c_void_p), ("h_stride", c_int64)),
+        *(("lora_B", c_void_p), ("stride_column", c_int64), ("stride_rank", c_int64)),
+        *(("kind", c_int), ("lora_kind", c_int), ("gate", Gate), ("dropout", Dropout)),
+        *((name, c_int) for name in ("M", "N", "R", "adds")),
+    )
+
+
+class Dy(Structure):
+    _fields_ = (
+        *(("dy", c_void_p), ("dy_stride", c_int64), ("h", c_void_p), ("h_stride", c_int64)),
+        *(("lora_B", c_void_p), ("kind", c_int), ("lora_kind", c_int), ("gate", Gate)),
+        *(("dh", c_void_p), ("dh_stride", c_int64), ("dB", c_void_p), ("dgates", c_void_p)),
+        *((name, c_int) for name in ("M", "N", "R", "chunks")),
+        *((name, c_void_p) for name in ("dhg_parts", "dB_parts", "dgates_parts")),
+    )
+
+
+class Dx(Structure):
+    _fields_ = (
+        *(("x", c_void_p), ("x_stride", c_int64), ("dh", c_void_p), ("dh_stride", c_int64)),
+        *(("lora_A", c_void_p), ("kind", c_int), ("lora_kind", c_int)),
+        *(("dx", c_void_p), ("dx_stride", c_int64), ("dA", c_void_p), ("dropout", Dropout)),
+        *((name, c_int) for name in ("M", "K", "R", "adds", "chunks")),
+        ("dA_parts", c_void_p),
+    )
+
+
+def rows_of(tensor):
+    """Pointer and row stride of a matrix."""
+    return (None, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+
+
+def dropout_of(seed, threshold, scale):
+    return Dropout(pointer(seed), threshold, scale) if threshold else Dropout(None, 0, 1.0)
+
+
+def gate_of(gates, ids, rows_per_id, scaling):
+    if gates is None:
+        return Gate()
+    return Gate(
+        pointer(gates), pointer(ids), ids is not None and ids.dtype == torch.int64, rows_per_id, *gates.shape, scaling
+    )
+
+
+class EmulatedOperations:
+    """What the binding registers, with the launchers on CPU tensors; results are filled with NaN before."""
+
+    def __init__(self, library):
+        self.library = library
+        self.parts = 0  # how many the last call had
+
+    def moda_project(self, x, lora_A, seed, threshold, keep_scale, h, parts=0):
+        h.fill_(float("nan"))
+        kinds = SCALAR_KINDS[x.dtype], SCALAR_KINDS[lora_A.dtype]
+        dropout = dropout_of(seed, threshold, keep_scale)
+        arguments = Project(*rows_of(x), pointer(lora_A), *kinds, *rows_of(h), dropout, *x.shape, lora_A.shape[0])
+        self.parts = self.library.emulated_project(ctypes.byref(arguments), parts)
+
+    def moda_expand(self, y, h, lora_B, bias, *rest):
+        *gate, seed, threshold, keep_scale, adds = rest
+        if not adds:
+            y.fill_(float("nan"))
+        arguments = Expand(
+            *(*rows_of(y), pointer(bias), *rows_of(h), pointer(lora_B), *lora_B.stride()),
+            *(
+                SCALAR_KINDS[y.dtype],
+                SCALAR_KINDS[lora_B.dtype],
+                gate_of(*gate),
+                dropout_of(seed, threshold, keep_scale),
+            ),
+            *(*y.shape, h.shape[1], adds),
+        )
+        self.library.emulated_expand(ctypes.byref(arguments))
+
+    def moda_dy_pass(self, dy, h, lora_B, gates, ids, rows_per_id, scaling, dh, dB, dgates, parts=0):
+        for result in (dh, dB, dgates):
+            if result is not None and result is not h:
+                result.fill_(float("nan"))
+        arguments = Dy(
+            *(*rows_of(dy), *rows_of(h), pointer(lora_B), SCALAR_KINDS[dy.dtype], SCALAR_KINDS[lora_B.dtype]),
+            *(gate_of(gates, ids, rows_per_id, scaling), *rows_of(dh), pointer(dB), pointer(dgates)),
+            *(*dy.shape, h.shape[1]),
+        )
+        self.parts = self.library.emulated_dy_pass(ctypes.byref(arguments), parts)
+
+    def moda_dx_pass(self, x, dh, lora_A, dx, dA, seed, threshold, keep_scale, adds, parts=0):
+        dA.fill_(float("nan"))
+        if dx is not None and not adds:
+            dx.fill_(float("nan"))
+        arguments = Dx(
+            *(*rows_of(x), *rows_of(dh), pointer(lora_A), SCALAR_KINDS[x.dtype], SCALAR_KINDS[lora_A.dtype]),
+            *(*rows_of(dx), pointer(dA), dropout_of(seed, threshold, keep_scale), *x.shape, dh.shape[1], adds),
+        )
+        self.parts = self.library.emulated_dx_pass(ctypes.byref(arguments), parts)
+
+
 class BuildCache:
     """Compiled files in pytest's cache folder, named by a hash of what they are made of."""
 
@@ -174,3 +301,13 @@ def emulated_kernels(build_cache) -> EmulatedKernels:
     sources = [*csrc.glob("*.*"), here / "emulated_kernels.cpp", here / "emulator.h"]
     library, _ = build_cache.build(command, sources, suffix=".so")
     return EmulatedKernels(ctypes.CDLL(str(library)))
+
+
+@pytest.fixture
+def cuda_passes_on_host(emulated_kernels, monkeypatch):
+    """`cuda_passes` on CPU tensors, in place of the binding's operations."""
+    torch.manual_seed(0)
+    operations = EmulatedOperations(emulated_kernels.library)
+    monkeypatch.setattr(torch.ops, "sda_fast_cuda", operations, raising=False)
+    monkeypatch.setattr(cuda_library, "reason_unavailable", lambda device: None)
+    return operations

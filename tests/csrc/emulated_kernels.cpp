@@ -85,4 +85,46 @@ int emulated_gates(const void* embedding, const void* proj, void* gates, const v
                                       modality < 0 ? modalities : 1};
   return dgates == nullptr ? sda::gates(arguments, nullptr) : sda::gates_backward(arguments, nullptr);
 }
+
+// The passes: what is summed in parts gets them here, full of NaN. `wanted` is how many, 0 for the launcher's choice; the
+// number is returned.
+static float* parts_of(std::vector<float>& parts, int64_t numel) {
+  parts.assign(numel, std::nanf(""));
+  return parts.data();
+}
+
+int emulated_project(sda::ProjectArguments* arguments, int wanted) {
+  std::vector<float> parts;
+  arguments->splits = sda::project_splits(*arguments, wanted);
+  if (arguments->splits > 1) arguments->parts = parts_of(parts, int64_t(arguments->splits) * arguments->M * arguments->R);
+  sda::project(*arguments, nullptr);
+  return arguments->splits;
+}
+
+void emulated_expand(const sda::ExpandArguments* arguments) { sda::expand(*arguments, nullptr); }
+
+int emulated_dy_pass(sda::DyArguments* arguments, int wanted) {
+  std::vector<float> dhg, dB, dgates;
+  const auto& gate = arguments->gate;
+  arguments->chunks = sda::dy_chunks(*arguments, wanted);
+  if (arguments->dh != nullptr || arguments->dgates != nullptr) {
+    arguments->dhg_parts = parts_of(dhg, int64_t(sda::dy_column_blocks(*arguments)) * arguments->M * arguments->R);
+  }
+  if (arguments->dB != nullptr) {
+    arguments->dB_parts = parts_of(dB, int64_t(arguments->chunks) * arguments->N * arguments->R);
+  }
+  if (arguments->dgates != nullptr && !sda::has_line_per_row(gate, arguments->M)) {
+    arguments->dgates_parts = parts_of(dgates, int64_t(sda::dy_gate_parts(*arguments)) * gate.lines * gate.num_experts);
+  }
+  sda::dy_pass(*arguments, nullptr);
+  return arguments->chunks;
+}
+
+int emulated_dx_pass(sda::DxArguments* arguments, int wanted) {
+  std::vector<float> parts;
+  arguments->chunks = sda::dx_chunks(*arguments, wanted);
+  arguments->dA_parts = parts_of(parts, int64_t(arguments->chunks) * arguments->R * arguments->K);
+  sda::dx_pass(*arguments, nullptr);
+  return arguments->chunks;
+}
 }

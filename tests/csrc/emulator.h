@@ -61,6 +61,7 @@ inline std::vector<Fiber> fibers;
 inline std::vector<char> stacks;
 inline ucontext_t scheduler;
 inline unsigned current, alive;
+inline uint32_t shuffle = 1;
 inline Barrier block_barrier;
 inline std::vector<Barrier> warp_barriers;
 inline uint32_t exchanged[32][32][8];  // [warp][lane][register]
@@ -101,13 +102,20 @@ inline void run_block() {
   block_barrier = {};
   warp_barriers.assign(threads / 32, {});
   alive = threads;
+  if (threads & (threads - 1)) {
+    std::fprintf(stderr, "blocks have a power of two of threads here, not %u\n", threads);
+    std::abort();
+  }
   unsigned idle_rounds = 0;
   while (alive > 0) {
     const unsigned before = alive;
     const unsigned generation = block_barrier.generation;
     unsigned warp_generations = 0;
     for (const Barrier& barrier : warp_barriers) warp_generations += barrier.generation;
-    for (unsigned i = 0; i < threads; ++i) {
+    // Another order in every round, so that a missing barrier shows.
+    shuffle = shuffle * 1664525u + 1013904223u;
+    for (unsigned turn = 0; turn < threads; ++turn) {
+      const unsigned i = (turn * (shuffle >> 8 | 1u) + (shuffle >> 16)) % threads;
       if (fibers[i].finished) continue;
       current = i;
       threadIdx.x = i;
@@ -255,6 +263,38 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
     d[i] = float(sum);
   }
   sync_warp();
+}
+
+// Fragment layouts: PTX manual, "Matrix fragments for mma.m16n8k8", 16-bit types.
+template <typename T>
+void mma_16x8x8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  emulation::post_fragments({a0, a1, 0, 0}, b0, 0);
+  const auto& lanes = emulation::exchanged[threadIdx.x / 32];
+  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = group + (i >> 1) * 8, column = member * 2 + (i & 1);
+    double sum = d[i];
+    for (int k = 0; k < 8; ++k) {
+      const uint32_t pair_a = lanes[(row % 8) * 4 + k / 2][row / 8], pair_b = lanes[column * 4 + k / 2][4];
+      sum += double(T::widen(uint16_t(pair_a >> (16 * (k & 1))))) * double(T::widen(uint16_t(pair_b >> (16 * (k & 1)))));
+    }
+    d[i] = float(sum);
+  }
+  sync_warp();
+}
+
+inline uint32_t transpose_8x8(uint32_t pair) {
+  auto& lanes = emulation::exchanged[threadIdx.x / 32];
+  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+  lanes[threadIdx.x % 32][0] = pair;
+  sync_warp();
+  uint32_t transposed = 0;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t source = lanes[(member * 2 + i) * 4 + group / 2][0];
+    transposed |= (source >> (16 * (group & 1)) & 0xFFFF) << (16 * i);
+  }
+  sync_warp();
+  return transposed;
 }
 
 // Fragment layouts: PTX manual, "Matrix fragments for mma.m16n8k8", tf32.

@@ -16,7 +16,8 @@ specification.loader.exec_module(csrc_compile)
 
 pytestmark = pytest.mark.skipif(csrc_compile.find_nvcc() is None, reason="nvcc not found")
 
-# A multiprocessor has 65536 registers; CTAs have 256 threads. Static shared memory ends at 48 KiB.
+# A multiprocessor has 65536 registers; CTAs have 256 threads, those of project and dy 512. Static shared memory ends at
+# 48 KiB.
 REGISTER_LIMITS = {
     "decode_kernel": 64,
     "decode_fold_kernel": 128,
@@ -25,6 +26,12 @@ REGISTER_LIMITS = {
     "linear_finish_kernel": 64,
     "gates_kernel": 64,
     "gates_backward_kernel": 64,
+    "project_kernel": 128,
+    "expand_kernel": 128,
+    "dy_kernel": 128,
+    "dy_finish_kernel": 64,
+    "dx_kernel": 128,
+    "add_parts_kernel": 64,
 }
 LINEAR_REGISTER_LIMITS = {1: 85, 2: 128, 4: 128, 8: 255}
 ENTRY = re.compile(
@@ -87,6 +94,14 @@ def test_kernels_use_wide_memory_access_permutation_and_tensor_cores(objects, tm
     expected = {
         "decode.cu": ("LDG.E.EF.128", "STG.E.128", "PRMT"),
         "decode_fold.cu": ("STG.E.128", "HMMA.1688.F32.TF32"),
+        "passes_forward.cu": ("LDG.E.EF.128", "STG.E.128", "HMMA.16816.F32.BF16", "HMMA.1688.F32.BF16"),
+        "passes_backward.cu": (
+            "LDG.E.EF.128",
+            "STG.E.128",
+            "MOVM.16.MT88",
+            "HMMA.16816.F32.BF16",
+            "HMMA.1688.F32.BF16",
+        ),
         "linear.cu": ("LDG.E.EF.64", "LDG.E.EF.128", "HMMA.16816.F32.BF16", "HMMA.16816.F32 "),
     }
     for source, instructions in expected.items():
@@ -121,6 +136,9 @@ def test_binding_registers_its_operations_through_the_stable_abi(objects, compil
     script = [sys.executable, "-c", LOAD_AND_LIST, str(library)]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for operation in ("decode_4bit", "decode_fold_4bit", "linear_4bit", "moda_gates", "moda_gates_backward"):
+    for operation in (
+        *("decode_4bit", "decode_fold_4bit", "linear_4bit", "moda_gates", "moda_gates_backward"),
+        *("moda_project", "moda_expand", "moda_dy_pass", "moda_dx_pass"),
+    ):
         assert f"sda_fast_cuda::{operation}(" in done.stdout
     assert "CPU tensors refused" in done.stdout

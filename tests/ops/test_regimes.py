@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,13 +67,17 @@ def test_every_way_takes_weights_and_rows_of_any_stride() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_forced_way_runs_the_kernel_it_names(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sda_fast.ops import moda_triton
+    from sda_fast.ops import moda_triton, passes
 
     called = []
+
+    def recorded(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *arguments, **options: (called.append(name), kernel(*arguments, **options))[1]
+
     kernels = {"before": "expand", "in place": "expand_add", "accumulator": "gated_linear"}
-    for name in kernels.values():
-        kernel = getattr(moda_triton, name)
-        monkeypatch.setattr(moda_triton, name, lambda *a, k=kernel, n=name, **o: (called.append(n), k(*a, **o))[1])
+    expanding = {name: recorded(name, getattr(passes.TRITON, name)) for name in ("expand", "expand_add")}
+    monkeypatch.setattr(passes, "TRITON", replace(passes.TRITON, **expanding))
+    monkeypatch.setattr(moda_triton, "gated_linear", recorded("gated_linear", moda_triton.gated_linear))
     with forced_update(way):
         outputs(torch.float32, "one id", normal(33, 40), normal(3, 2, 40), None)
     assert set(called) == {kernels[way]}
