@@ -45,7 +45,11 @@ def moda_gates(gate_embedding: Tensor, gate_proj: Tensor, modality: int | None =
         )
     if modality is not None and not 0 <= modality < gate_embedding.shape[0]:
         raise ValueError(f"modality id {modality} is not below the number of modalities, {gate_embedding.shape[0]}")
-    return torch.ops.sda_fast.moda_gates(gate_embedding, gate_proj, EVERY_MODALITY if modality is None else modality)
+    number = EVERY_MODALITY if modality is None else modality
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The dispatcher's way to a Python kernel costs more than the gates.
+        return moda_gates_kernel(gate_embedding, gate_proj, number)
+    return torch.ops.sda_fast.moda_gates(gate_embedding, gate_proj, number)
 
 
 def wanted_rows(gate_embedding: Tensor, modality: int) -> Tensor:
@@ -57,6 +61,10 @@ def moda_gates_kernel(gate_embedding: Tensor, gate_proj: Tensor, modality: int) 
     if gate_proj.is_cuda and cuda_library.takes_gates(gate_embedding, gate_proj):
         return cuda_library.gates(gate_embedding, gate_proj, modality)
     dtype = wide(gate_proj.dtype)
+    if modality != EVERY_MODALITY and gate_embedding.dtype == dtype == gate_proj.dtype and gate_proj.device.type == "cpu":
+        # The same in two operations, which a layer with few rows notices.
+        with without_autocast(gate_proj.device):
+            return torch.softmax(torch.mv(gate_proj, gate_embedding[modality]), 0)[None]
     with without_autocast(gate_proj.device):
         # Not a matrix product, which may round to fewer bits on a GPU.
         embedding = wanted_rows(gate_embedding, modality).to(dtype)

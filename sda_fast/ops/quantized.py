@@ -70,14 +70,16 @@ def describe_weight(weight: Tensor) -> tuple[WeightLayout, Tensor, list[Tensor]]
     state = state_of(weight)
     if getattr(state, "packing_format_for_cpu", False):
         restore_row_major(weight, state)
-    out_features, in_features = state.shape
-    quant_type = QUANT_TYPES[state.quant_type]
     if not state.nested:
-        layout = WeightLayout(out_features, in_features, quant_type, state.blocksize)
-        return layout, weight.data, [state.absmax, state.code]
+        return layout_of(state), weight.data, [state.absmax, state.code]
     nested = state.state2
-    layout = WeightLayout(out_features, in_features, quant_type, state.blocksize, nested.blocksize)
-    return layout, weight.data, [state.absmax, state.code, nested.absmax, nested.code, state.offset]
+    return layout_of(state), weight.data, [state.absmax, state.code, nested.absmax, nested.code, state.offset]
+
+
+def layout_of(state: Any) -> WeightLayout:
+    """The layout that a quantisation state says."""
+    nested_blocksize = state.state2.blocksize if state.nested else 0
+    return WeightLayout(*state.shape, QUANT_TYPES[state.quant_type], state.blocksize, nested_blocksize)
 
 
 def state_of(weight: Tensor) -> Any:
