@@ -183,7 +183,9 @@ def evaluation_ways(case: Case, device: torch.device) -> tuple[Ways, Tensor]:
         with torch.no_grad(), forced_evaluation(way.what, by_library=way.by_library):
             return layer(x, 1)
 
-    ways: Ways = {way.name: partial(step, way) for way in possible_ways(x, layout, backend, use_library, may_repack=True)}
+    ways: Ways = {
+        way.name: partial(step, way) for way in possible_ways(x, layout, backend, use_library, may_repack=True)
+    }
     wide = torch.float64 if case.dtype == torch.float32 else torch.float32
     with torch.no_grad():
         gate = layer.scaling * layer.gates()[1].repeat_interleave(case.r // EXPERTS).to(wide)

@@ -15,6 +15,7 @@ from sda_fast.ops.quantized import is_4bit, layout_of, state_of
 
 if TYPE_CHECKING:
     from sda_fast.moda.fold import FoldedWeights
+    from sda_fast.ops.gates import KeptGates
     from sda_fast.ops.repacked import RepackedWeights
 
 
@@ -28,6 +29,7 @@ class AdaptedLayer(Protocol):
     folded: FoldedWeights
     keep_repacked: bool
     repacked: RepackedWeights
+    kept_gates: KeptGates
 
     @property
     def lora_A(self) -> Tensor: ...
@@ -40,7 +42,7 @@ class AdaptedLayer(Protocol):
     @property
     def modality_names(self) -> tuple[str, ...]: ...
     def gates(self, modality: int | None = None) -> Tensor: ...
-    def adapter_tensors(self) -> tuple[Tensor, ...]: ...
+    def adapter_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
     def free_kept_weights(self) -> None: ...
 
 
@@ -50,17 +52,22 @@ def apply_group(layers: Sequence[AdaptedLayer], x: Tensor, modality_ids: Tensor 
     From one operation; in evaluation without gradients and with one modality for all, that operation may fold, and
     layers that keep folded weights use them.
     """
-    may_fold = not torch.is_grad_enabled() and not any(layer.training for layer in layers)
-    if not torch.compiler.is_compiling():
-        if torch.is_grad_enabled():
-            for layer in layers:
-                layer.free_kept_weights()
-        elif may_fold and isinstance(modality_ids, int):
-            x = as_autocast(x)
-            outputs = [apply_kept(layer, x, modality_ids) for layer in layers]
-            left = [layer for layer, y in zip(layers, outputs, strict=True) if y is None]
-            rest = iter(apply_in_one(left, x, modality_ids, may_fold) if left else ())
-            return [next(rest) if y is None else y for y in outputs]
+    may_fold = not torch.is_grad_enabled()
+    for layer in layers:
+        may_fold = may_fold and not layer.training
+    if torch.compiler.is_compiling():
+        return apply_in_one(layers, x, modality_ids, may_fold)
+    if torch.is_grad_enabled():
+        for layer in layers:
+            layer.free_kept_weights()
+    elif may_fold and isinstance(modality_ids, int):
+        x = as_autocast(x)
+        outputs = [apply_kept(layer, x, modality_ids) for layer in layers]
+        left = [layer for layer, y in zip(layers, outputs, strict=True) if y is None]
+        if left:
+            rest = iter(apply_in_one(left, x, modality_ids, may_fold))
+            outputs = [next(rest) if y is None else y for y in outputs]
+        return outputs  # type: ignore[return-value]
     return apply_in_one(layers, x, modality_ids, may_fold)
 
 
@@ -68,7 +75,7 @@ def apply_kept(layer: AdaptedLayer, x: Tensor, modality_id: int) -> Tensor | Non
     """The layer's output from a weight that it keeps, folded or repacked, None where it keeps none for such an x."""
     if keeps_folded(layer, modality_id):
         return apply_folded(layer, x, modality_id)
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and layer.keep_repacked:
+    if x.is_cpu and x.dtype == torch.bfloat16 and layer.keep_repacked:
         return apply_repacked(layer, x, modality_id)
     return None
 
@@ -128,7 +135,9 @@ def apply_repacked(layer: AdaptedLayer, x: Tensor, modality_id: int) -> Tensor |
     if copy is None:
         copy = layer.repacked.make(weight)
     bias: Tensor | None = base.bias  # type: ignore[assignment]
-    return repacked.output_of(copy, x, bias, layer.lora_A, layer.lora_B, layer.gates(modality_id), layer.scaling)
+    lora_A, lora_B, gate_embedding, gate_proj = layer.adapter_tensors()
+    gates = layer.kept_gates.get(gate_embedding, gate_proj, modality_id)
+    return repacked.output_of(copy, x, bias, lora_A, lora_B, gates, layer.scaling)
 
 
 def frozen_weight(base_layer: nn.Module) -> Tensor:

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sda_fast.moda.adapted import AdaptedLayer, frozen_weight
 from sda_fast.ops import cuda_library
 from sda_fast.ops.folding import folded_weight
+from sda_fast.ops.gates import KeptGates
 from sda_fast.ops.moda_group import resolve_backend
 from sda_fast.ops.moda_torch import Member
 from sda_fast.ops.quantized import describe_weight
@@ -152,11 +153,13 @@ class FoldableLayer(nn.Module):
         self.folded = FoldedWeights()
         self.keep_repacked = True
         self.repacked = RepackedWeights()
+        self.kept_gates = KeptGates()
 
     def free_kept_weights(self) -> None:
         """Free the folded weights and the repacked copy; the next pass that may keep them makes them anew."""
         self.folded.clear()
         self.repacked.clear()
+        self.kept_gates.clear()
 
     def train(self, mode: bool = True) -> FoldableLayer:
         """As nn.Module's; training frees the weights that are kept."""
@@ -203,7 +206,7 @@ def unfold_model(model: nn.Module) -> None:
     """
     for layer in foldable_layers(model):
         layer.cache_folded = False
-        layer.folded.clear()
+        layer.free_kept_weights()
 
 
 def foldable_layers(model: nn.Module) -> list[FoldableLayer]:

@@ -119,7 +119,7 @@ class MoDALinear(FoldableLayer):
         """The mixture of one modality, [1, E], or of all, [num_modalities, E]; rows sum to one, float32 or wider."""
         return moda_gates(self.gate_embedding, self.gate_proj, modality)
 
-    def adapter_tensors(self) -> tuple[Tensor, ...]:
+    def adapter_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All that is trained."""
         return self.lora_A, self.lora_B, self.gate_embedding, self.gate_proj
 

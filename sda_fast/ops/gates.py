@@ -52,6 +52,52 @@ def moda_gates(gate_embedding: Tensor, gate_proj: Tensor, modality: int | None =
     return torch.ops.sda_fast.moda_gates(gate_embedding, gate_proj, number)
 
 
+class KeptValues:
+    """A parameter's values in CPU memory as they were; comparing its few hundred bytes notices every kind of change."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        # Held, so that the allocator cannot give the same address to another parameter.
+        self.memory = parameter.detach()
+        self.address, self.dtype = parameter.data_ptr(), parameter.dtype
+        self.bytes = self.memory.contiguous().view(torch.uint8).numpy()
+        self.is_view = self.bytes.ctypes.data == self.address
+        self.values = self.bytes.tobytes()
+
+    def are_still(self, parameter: Tensor) -> bool:
+        return (
+            self.is_view
+            and parameter.data_ptr() == self.address
+            and parameter.dtype == self.dtype
+            and self.bytes.tobytes() == self.values
+        )
+
+
+class KeptGates:
+    """One layer's gates on a CPU, by modality, computed anew only when a byte of their parameters is another."""
+
+    def __init__(self) -> None:
+        self.by_modality: dict[int, tuple[KeptValues, KeptValues, Tensor]] = {}
+
+    def get(self, gate_embedding: Tensor, gate_proj: Tensor, modality: int) -> Tensor:
+        """`moda_gates` of one modality, without gradients; not to be written to."""
+        kept = self.by_modality.get(modality)
+        if kept is not None and kept[0].are_still(gate_embedding) and kept[1].are_still(gate_proj):
+            return kept[2]
+        gates = moda_gates(gate_embedding, gate_proj, modality)
+        self.by_modality[modality] = KeptValues(gate_embedding), KeptValues(gate_proj), gates
+        return gates
+
+    def clear(self) -> None:
+        """Free them."""
+        self.by_modality.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeptGates:
+        return KeptGates()
+
+    def __reduce__(self) -> tuple[type[KeptGates], tuple[()]]:
+        return KeptGates, ()
+
+
 def wanted_rows(gate_embedding: Tensor, modality: int) -> Tensor:
     """The embedding of one modality as [1, gate_dim], or of all."""
     return gate_embedding if modality == EVERY_MODALITY else gate_embedding[modality : modality + 1]
@@ -61,10 +107,6 @@ def moda_gates_kernel(gate_embedding: Tensor, gate_proj: Tensor, modality: int) 
     if gate_proj.is_cuda and cuda_library.takes_gates(gate_embedding, gate_proj):
         return cuda_library.gates(gate_embedding, gate_proj, modality)
     dtype = wide(gate_proj.dtype)
-    if modality != EVERY_MODALITY and gate_embedding.dtype == dtype == gate_proj.dtype and gate_proj.device.type == "cpu":
-        # The same in two operations, which a layer with few rows notices.
-        with without_autocast(gate_proj.device):
-            return torch.softmax(torch.mv(gate_proj, gate_embedding[modality]), 0)[None]
     with without_autocast(gate_proj.device):
         # Not a matrix product, which may round to fewer bits on a GPU.
         embedding = wanted_rows(gate_embedding, modality).to(dtype)

@@ -78,8 +78,9 @@ def describe_weight(weight: Tensor) -> tuple[WeightLayout, Tensor, list[Tensor]]
 
 def layout_of(state: Any) -> WeightLayout:
     """The layout that a quantisation state says."""
+    out_features, in_features = state.shape
     nested_blocksize = state.state2.blocksize if state.nested else 0
-    return WeightLayout(*state.shape, QUANT_TYPES[state.quant_type], state.blocksize, nested_blocksize)
+    return WeightLayout(out_features, in_features, QUANT_TYPES[state.quant_type], state.blocksize, nested_blocksize)
 
 
 def state_of(weight: Tensor) -> Any:

@@ -116,22 +116,23 @@ def output_of(
 
     Args:
         x: [..., K] bfloat16.
-        gates: [1, E].
+        gates: [1, E] float32.
     Returns:
         [..., N] bfloat16.
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     with without_autocast(x.device):
         h = torch.nn.functional.linear(rows.float(), in_float32(lora_A))
-        gates = in_float32(gates)
         if gates.shape[1] == h.shape[1]:
             h.mul_(gates)
         else:
             h.view(h.shape[0], gates.shape[1], -1).mul_(gates[:, :, None])
-        y = repacked.multiply(rows).float()
-        if bias is not None:
-            y += bias.to(x.dtype)
-        y = y.addmm_(h, in_float32(lora_B).t(), alpha=scaling).to(x.dtype)
+        update = torch.nn.functional.linear(h, in_float32(lora_B))
+        y = repacked.multiply(rows)
+        if bias is None:
+            y.add_(update, alpha=scaling)
+        else:
+            y.add_(update.mul_(scaling).add_(bias.to(x.dtype)))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 

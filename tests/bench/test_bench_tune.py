@@ -12,7 +12,7 @@ import torch
 from sda_fast import MoDALinear, tune
 from sda_fast.bench_command import BenchConfig, run_bench
 from sda_fast.cli import main
-from sda_fast.ops import measured, moda_evaluate
+from sda_fast.ops import measured, moda_evaluate, repacked
 from sda_fast.ops.measured import chip_name
 
 CPU = torch.device("cpu")
@@ -32,6 +32,13 @@ def config(**options: object) -> BenchConfig:
     return BenchConfig(tune=True, **options)  # type: ignore[arg-type]
 
 
+def bitsandbytes_where_it_multiplies(record: dict) -> set[str]:
+    """Its product on a CPU takes bfloat16, and whole groups of 32 rows of a weight in whole blocks."""
+    fits = record["N"] % 32 == 0 and record["K"] % 64 == 0
+    multiplies = fits and record["weight"] == "nf4" and record["dtype"] == "bfloat16" and repacked.product_exists()
+    return {"bitsandbytes"} if multiplies else set()
+
+
 def test_the_command_writes_a_table_that_the_library_then_reads(user_tables: Path, capsys) -> None:
     words = ["bench", "--tune", "--device", "cpu", "--shapes", "32x64", "16x96", "--seconds", "0.001"]
     assert main(words) == 0
@@ -43,7 +50,8 @@ def test_the_command_writes_a_table_that_the_library_then_reads(user_tables: Pat
     assert {(r["dtype"], r["weight"]) for r in document["records"]} == {
         (dtype, weight) for dtype in ("float32", "bfloat16") for weight in ("float", "nf4")
     }
-    assert all(set(r["microseconds"]) == {"fold", "unfold"} for r in document["records"])
+    for record in document["records"]:
+        assert set(record["microseconds"]) == {"fold", "unfold"} | bitsandbytes_where_it_multiplies(record)
     assert f"table: {path}, used from now on" in capsys.readouterr().out
     assert len(measured.table_of(chip_name(CPU)).measurements) == len(document["records"])
 
@@ -73,7 +81,8 @@ def test_a_wrong_way_has_no_time(user_tables: Path, monkeypatch: pytest.MonkeyPa
     shown = run_bench(config())
     (path,) = user_tables.iterdir()
     for record in json.loads(path.read_text())["records"]:
-        assert set(record["microseconds"]) == {"unfold"} and record["refused"]["fold"].startswith("its error is ")
+        assert set(record["microseconds"]) == {"unfold"} | bitsandbytes_where_it_multiplies(record)
+        assert record["refused"]["fold"].startswith("its error is ")
     assert measured.fastest(
         CPU, "evaluation", ("fold", "unfold"), dtype=torch.float32, weight="float", rows=1, out_features=32,
         in_features=64,

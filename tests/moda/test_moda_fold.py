@@ -189,6 +189,7 @@ def test_triton_agrees_to_the_bound(
 def test_the_cuda_library_is_given_what_it_asks_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     one = layer(64, 128, quantised=True, dtype=torch.bfloat16)
     x = torch.randn(rows, 128).bfloat16()
+    one.keep_repacked = False
     called = []
 
     def decode_fold(layout, data, statistics, lora_A, lora_B, gates, scaling, out):
@@ -228,8 +229,10 @@ def test_bitsandbytes_own_product_agrees_to_the_bound(
     expected = one(x, 1)
     one.backend = backend
     with monkeypatch.context() as patched:
-        # On a CPU it is not among the ways: there bitsandbytes is fast in a layout of its own only.
-        patched.setattr(fold_regimes, "bitsandbytes_multiplies", lambda x, layout: True)
+        # On a CPU it is not among the ways of a weight as it is, only of a repacked copy.
+        one.keep_repacked = False
+        patched.setattr(fold_regimes, "bitsandbytes_multiplies", lambda device, dtype, layout: True)
+        patched.setattr(fold_regimes, "way_of", fold_regimes.way_of.__wrapped__)
         called = []
         real = moda_evaluate.bitsandbytes_output
         patched.setattr(moda_evaluate, "bitsandbytes_output", lambda *a: (called.append(a), real(*a))[1])
