@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sda_fast.ops import moda_evaluate  # noqa: F401  (defines an operation)
-from sda_fast.ops.moda_group import layout_numbers, resolve_backend
+from sda_fast.ops.moda_evaluate import moda_evaluate_kernel
+from sda_fast.ops.moda_group import layout_numbers, resolve_backend, runs_here_and_now
 from sda_fast.ops.quantized import describe_weight
 
 
@@ -114,7 +114,8 @@ def moda_linear_group(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     group = rows, frozen, adapters, layouts, list(scalings)
     if may_fold and one_gate and dropout == 0 and not torch.is_grad_enabled():
-        y = torch.ops.sda_fast.moda_evaluate(*group, resolved, backend == "auto")
+        evaluate = moda_evaluate_kernel if runs_here_and_now() else torch.ops.sda_fast.moda_evaluate
+        y = evaluate(*group, resolved, backend == "auto")
     else:
         drawn = seed_tensor(x, seed) if dropout > 0 else None
         y, _, _ = torch.ops.sda_fast.moda_group(*group, ids, dropout, drawn, resolved)
