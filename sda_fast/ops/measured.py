@@ -97,14 +97,16 @@ def fastest(
     in_features: int,
     r: int = 8,
     must_have: str | None = None,
+    same_layer: bool = False,
 ) -> str | None:
     """The fastest of the `possible` ways in the nearest measurement on `device`.
 
     Args:
-        decision: "evaluation" or "update of y".
+        decision: what is to be chosen, such as "evaluation" or "update of y".
         possible: names of ways that this process can go.
         rows, out_features, in_features, r: M, N, K and R.
         must_have: a way without whose time the measurement says nothing, such as one that older tables do not know.
+        same_layer: only measurements of these very N and K count.
     Returns:
         None where nothing like it was measured, or fewer than two of the possible ways were.
     """
@@ -113,6 +115,8 @@ def fastest(
         return None
     name = str(dtype).removeprefix("torch.")
     line = table.nearest(decision, name, weight, rows, out_features, in_features, r)
+    if line and same_layer and (line.out_features, line.in_features) != (out_features, in_features):
+        return None
     times = {way: time for way, time in line.microseconds.items() if way in possible} if line else {}
     if must_have is not None and must_have not in times:
         return None

@@ -197,7 +197,8 @@ def test_the_cuda_library_is_given_what_it_asks_for(rows: int, monkeypatch: pyte
         update = scaling * (lora_B * gates.repeat_interleave(2)) @ lora_A
         return out.copy_(decode(layout, data, statistics, torch.float32) + update)
 
-    def linear(x, layout, data, statistics, bias, hidden, lora_B, gates, scaling):
+    def linear(x, layout, data, statistics, bias, hidden, lora_B, gates, scaling, splits):
+        assert splits == 0
         called.append("linear")
         hidden = hidden * scaling * gates.repeat_interleave(2)
         y = x.float() @ decode(layout, data, statistics, torch.float32).t() + bias.float() + hidden @ lora_B.t()
