@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def run(config: Any) -> str:
     """Measure, write the device's results file after every case, and return the tables as text; see `BenchConfig`."""
     device = torch.device(chosen_device(config.device))
-    path = config.output / f"nf4-{slug(device_name(device)) if device.type == 'cuda' else 'cpu'}.json"
+    path = config.output / f"nf4-{slug(device_name(device))}.json"
     library = cuda_library.reason_unavailable(device)
     document = {
         "device": device_name(device),
