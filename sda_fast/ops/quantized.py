@@ -47,6 +47,11 @@ class WeightLayout:
         return 5 if self.nested_blocksize else 2
 
 
+def in_float32(tensor: Tensor) -> Tensor:
+    """`tensor.float()`; to ask for the dtype that is there already costs the host more than to look at it."""
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
+
+
 def is_4bit(weight: Tensor) -> bool:
     """Whether a weight is a bitsandbytes 4-bit parameter (Params4bit), told by what only that has."""
     return hasattr(weight, "quant_state")

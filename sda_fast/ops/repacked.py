@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from sda_fast.ops.moda_group import without_autocast
-from sda_fast.ops.quantized import WeightLayout, decode_absmax, describe_weight, is_4bit, layout_of, state_of
+from sda_fast.ops.quantized import (
+    WeightLayout,
+    decode_absmax,
+    describe_weight,
+    in_float32,
+    is_4bit,
+    layout_of,
+    state_of,
+)
 
 ROWS_PER_GROUP = 32
 
@@ -134,11 +142,6 @@ def output_of(
         else:
             y.add_(update.mul_(scaling).add_(bias.to(x.dtype)))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
-
-
-def in_float32(tensor: Tensor) -> Tensor:
-    """Asking a tensor for the dtype that it has already costs as much as a small operation."""
-    return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
 class RepackedWeights:
