@@ -7,7 +7,8 @@ the weight stays as it is and the copy, half a byte per element and two per bloc
 
 from __future__ import annotations
 
-from functools import cache
+import functools
+import weakref
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from sda_fast.ops.quantized import (
 ROWS_PER_GROUP = 32
 
 
-@cache
+@functools.cache
 def product_exists() -> bool:
     """Whether this processor has the instructions of bitsandbytes' product and bitsandbytes was built with it."""
     try:
@@ -86,13 +87,15 @@ class RepackedWeight:
             self.codes, self.scales = weight.data, state.absmax
         else:
             self.codes, self.scales = repack(*describe_weight(weight))
-        # Held, so that neither an object nor an address can be used again for another weight.
-        self.weight, self.state, self.absmax, self.memory = weight, state, state.absmax, weight.data
+        # The weight is not held: where models are loaded piece by piece, the copy goes when its weight does.
+        self.weight = weakref.ref(weight, functools.partial(forget, weakref.ref(self)))
+        # Held, so that neither an object nor an address can be used again.
+        self.state, self.absmax, self.memory = state, state.absmax, weight.data
         self.version, self.address = weight._version, weight.data_ptr()
 
     def is_valid(self, weight: Tensor) -> bool:
         """Whether `weight` is what was copied: the same object on the same memory, not written to, scales included."""
-        if weight is not self.weight:
+        if weight is not self.weight():
             return False
         state: Any = weight.quant_state  # type: ignore[attr-defined]
         # Every question to a parameter of a class of its own goes through that class otherwise, in Python.
@@ -109,6 +112,13 @@ class RepackedWeight:
         return torch.ops.bitsandbytes.gemv_4bit.default(
             x, self.codes, self.shape, self.scales, self.code, self.layout.blocksize
         )
+
+
+def forget(copy: weakref.ref[RepackedWeight], weight: object) -> None:
+    """Free the memory of a copy whose weight is gone."""
+    of = copy()
+    if of is not None:
+        of.codes = of.scales = of.memory = of.state = of.absmax = None  # type: ignore[assignment]
 
 
 def output_of(
@@ -129,6 +139,8 @@ def output_of(
         [..., N] bfloat16.
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
     with without_autocast(x.device):
         h = torch.nn.functional.linear(rows.float(), in_float32(lora_A))
         if gates.shape[1] == h.shape[1]:

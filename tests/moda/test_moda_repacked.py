@@ -416,6 +416,32 @@ def test_weights_whose_changes_are_not_counted_are_not_copied() -> None:
     assert ((y.double() - exact).abs() <= 2 * bound).all()
 
 
+@needs_product
+@pytest.mark.parametrize("kind", ["transposed", "every second column", "expanded", "rows of a wider matrix"])
+def test_inputs_of_any_strides_give_the_same(kind: str) -> None:
+    one = layer()
+    x = {
+        "transposed": few(K, 5).t(),
+        "every second column": few(4, 2 * K)[:, ::2],
+        "expanded": few(1).expand(6, K),
+        "rows of a wider matrix": few(4, K + 8)[:, 8:],
+    }[kind]
+    assert torch.equal(evaluate(one, x), evaluate(one, x.clone(memory_format=torch.contiguous_format)))
+    assert one.repacked.kept is not None
+
+
+@needs_product
+def test_the_copy_goes_with_its_weight() -> None:
+    one = layer()
+    evaluate(one, few())
+    copied = one.repacked.kept
+    assert copied.codes is not None
+    one.base_layer.weight = frozen(blocksize=32).weight
+    assert copied.codes is None and copied.memory is None
+    exact, bound = bounds(one, few())
+    assert ((evaluate(one, few()).double() - exact).abs() <= bound).all()
+
+
 def test_a_copy_knows_its_weight() -> None:
     weight = frozen().weight
     copied = RepackedWeight(weight)
