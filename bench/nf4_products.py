@@ -115,7 +115,7 @@ def moda_entries(layer: Layer, x: Tensor) -> dict[str, Contestant | str]:
         truth = x.float() @ (dense_weight(adapted.base_layer, torch.float32) + update_of(adapted)).t()
     described = describe_weight(adapted.weight)[0]
     backend = "triton" if layer.device.type == "cuda" else "torch"
-    ways = possible_ways(x, described, backend, cuda_library.is_available(layer.device))
+    ways = possible_ways(x, described, backend, cuda_library.is_available(layer.device), may_repack=True)
     allowed = unit_in_the_last_place(DTYPE)
     entries: dict[str, Contestant | str] = {CHOSEN: Contestant(without_gradient(lambda: adapted(x, 0)), truth, allowed)}
     for way in ways:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def run(config: Any) -> str:
     """Measure, write the device's results file after every case, and return the tables as text; see `BenchConfig`."""
     device = torch.device(chosen_device(config.device))
-    path = config.output / f"nf4-{slug(device_name(device)) if device.type == 'cuda' else 'cpu'}.json"
+    path = config.output / f"nf4-{slug(device_name(device))}.json"
     library = cuda_library.reason_unavailable(device)
     document = {
         "device": device_name(device),
@@ -67,14 +67,16 @@ def measured(part: str, name: str, measure: Any) -> list[Record]:
 
 
 def measurements(config: Any, device: torch.device, bandwidth: float) -> Iterator[tuple[str, str, Any]]:
-    """Every case: its part, its name, and what measures it; the short parts first."""
+    """Every case: its part, its name, and what measures it; products last."""
     seconds = config.seconds
     for name in LAYERS:
         if device.type == "cuda" or not config.quick or name in ("q, o", "k, v"):
             yield "decode", name, partial(measure_decode, name, device, seconds, bandwidth)
     yield "embedding", "a catalogue", partial(measure_catalogue, device, 2 * seconds, quick=config.quick)
-    for name, rows in product_cases(device, quick=config.quick):
-        yield "product", f"{name}, M={rows}", partial(measure_product, name, rows, device, seconds)
     for size, sequences, tokens in layer_cases(device, quick=config.quick):
         name = f"{size}, {sequences} x {tokens} tokens"
         yield "decoder layer", name, partial(measure_layer, size, sequences, tokens, device, seconds)
+    cases = product_cases(device, quick=config.quick)
+    # Few rows of all layers first: what the time runs out for is then the least of it.
+    for name, rows in sorted(cases, key=lambda case: case[1]):
+        yield "product", f"{name}, M={rows}", partial(measure_product, name, rows, device, seconds)

@@ -70,6 +70,8 @@ PARTS: dict[str, tuple[str, tuple[Column, ...]]] = {
 
 def of_cases(document: Record, part: str) -> dict[str, list[Record]]:
     records = [record for record in document["records"] if record["part"] == part]
+    layers = list(dict.fromkeys(record.get("layer") for record in records))
+    records.sort(key=lambda record: (layers.index(record.get("layer")), record.get("M", 0)))
     return {case: [r for r in records if r["case"] == case] for case in dict.fromkeys(r["case"] for r in records)}
 
 

@@ -8,13 +8,15 @@ a list: [absmax, code], or [absmax codes, code, nested absmax, nested code, offs
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from sda_fast.kernels.configs import padded_rank, rank_block
+from sda_fast.kernels.configs import cdiv, padded_rank, rank_block
 from sda_fast.kernels.moda_forward import row_stride
 
 # How a tile of the weight lies on blocks and bytes.
@@ -184,6 +186,42 @@ def decode_blocks(rank: int, placement: int) -> tuple[int, int, int]:
     return 64, 64, 8 if placement == ODD.value else 4
 
 
+class DecodeLaunch(NamedTuple):
+    """What a launch of `decode_kernel` needs beside tensors: the matrix as the kernel sees it, grid and constants."""
+
+    rows: int
+    columns: int
+    elements: int
+    grid: tuple[int]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def decode_launch(N: int, K: int, R: int, blocksize: int, nested_blocksize: int) -> DecodeLaunch:
+    """For decoding an [N, K] weight with a fold of total rank R (0: none)."""
+    elements = N * K
+    if R == 0:
+        # Nothing depends on where rows begin: cut the flattened matrix into rows of whole blocks.
+        K = max(blocksize, 512)
+        N = cdiv(elements, K)
+    placement = placement_of(K, blocksize)
+    block_n, block_k, num_warps = decode_blocks(R, placement)
+    constants = {
+        "HAS_FOLD": R > 0,
+        "BLOCKSIZE": blocksize,
+        "NESTED_BLOCKSIZE": nested_blocksize,
+        "PLACEMENT": placement,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "BLOCK_R": rank_block(torch.float32, R),
+        "PADDED_R": padded_rank(R),
+        "num_warps": num_warps,
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+    }
+    return DecodeLaunch(N, K, elements, (cdiv(N, block_n) * cdiv(K, block_k),), constants)
+
+
 def unpack_statistics(statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
     """(absmax, code, nested absmax, nested code, offset); the last three None for plain statistics."""
     return (*statistics, *(None,) * (5 - len(statistics)))
@@ -219,20 +257,14 @@ def decode_4bit(
     Returns:
         [N, K].
     """
-    (N, K), elements = shape, shape[0] * shape[1]
     weight = torch.empty(shape, dtype=dtype, device=data.device) if out is None else out
-    if elements == 0:
+    if 0 in shape:
         return weight
     R = 0 if lora_A is None else lora_A.shape[0]
     rank_per_expert = 1 if gates is None or R == 0 else R // gates.numel()
-    has_fold = R > 0
-    if not has_fold:
-        # Nothing depends on where rows begin: cut the flattened matrix into rows of whole blocks.
-        K = max(blocksize, 512)
-        N = triton.cdiv(elements, K)
-    block_n, block_k, num_warps = decode_blocks(R, placement_of(K, blocksize))
+    launch = decode_launch(*shape, R, blocksize, nested_blocksize)
     absmax, code, nested_absmax, nested_code, offset = unpack_statistics(statistics)
-    decode_kernel[(triton.cdiv(N, block_n) * triton.cdiv(K, block_k),)](
+    decode_kernel[launch.grid](
         data,
         absmax,
         code,
@@ -243,24 +275,14 @@ def decode_4bit(
         lora_A,
         lora_B,
         gates,
-        N,
-        K,
+        launch.rows,
+        launch.columns,
         R,
-        elements,
+        launch.elements,
         row_stride(lora_A),
         row_stride(lora_B),
         rank_per_expert,
         scaling,
-        HAS_FOLD=has_fold,
-        BLOCKSIZE=blocksize,
-        NESTED_BLOCKSIZE=nested_blocksize,
-        PLACEMENT=placement_of(K, blocksize),
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        BLOCK_R=rank_block(torch.float32, R),
-        PADDED_R=padded_rank(R),
-        num_warps=num_warps,
-        num_stages=1,
-        enable_fp_fusion=False,
+        **launch.constants,
     )
     return weight

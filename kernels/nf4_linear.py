@@ -6,13 +6,15 @@ second kernel adds the parts in their order, with bias and (h * G) B^T, and roun
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from sda_fast.kernels.configs import padded_rank, programs_wanted, rank_block
+from sda_fast.kernels.configs import cdiv, next_power_of_2, padded_rank, programs_wanted, rank_block
 from sda_fast.kernels.gating import gates_are_per_row, load_gated
 from sda_fast.kernels.moda_forward import row_stride
 from sda_fast.kernels.nf4 import decode_tile, placement_of, unpack_statistics
@@ -154,7 +156,58 @@ def finish_product_kernel(
 def small_product_blocks(M: int, element_size: int) -> tuple[int, int, int]:
     """Rows, outputs and inputs that a program of the small product works on at a time."""
     outputs, inputs = (64, 128) if element_size == 2 else (32, 32)
-    return max(16, triton.next_power_of_2(M)), outputs, inputs
+    return max(16, next_power_of_2(M)), outputs, inputs
+
+
+class SmallProductLaunch(NamedTuple):
+    """What a launch of `small_product_kernel` needs beside tensors: the split of K, grid and constants."""
+
+    splits: int
+    blocks_per_split: int
+    grid: tuple[int, int]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def small_product_launch(
+    M: int, N: int, K: int, element_size: int, blocksize: int, nested_blocksize: int, programs: int, splits: int
+) -> SmallProductLaunch:
+    """For M rows of x and an [N, K] weight; `splits` 0 gives every one of `programs` something to do."""
+    block_m, block_n, block_k = small_product_blocks(M, element_size)
+    blocks_of_outputs, blocks_of_columns = cdiv(N, block_n), cdiv(K, block_k)
+    if splits == 0:
+        splits = min(programs // blocks_of_outputs, blocks_of_columns // 2)
+    blocks_per_split = cdiv(blocks_of_columns, min(max(1, splits), max(1, blocks_of_columns)))
+    splits = cdiv(blocks_of_columns, max(1, blocks_per_split))
+    constants = {
+        "BLOCKSIZE": blocksize,
+        "NESTED_BLOCKSIZE": nested_blocksize,
+        "PLACEMENT": placement_of(K, blocksize),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": 4,
+        "num_stages": 3,
+        "enable_fp_fusion": True,
+    }
+    return SmallProductLaunch(splits, blocks_per_split, (blocks_of_outputs, splits), constants)
+
+
+@functools.lru_cache(maxsize=4096)
+def finish_constants(M: int, element_size: int, R: int, has_bias: bool, gate_per_row: bool) -> dict[str, Any]:
+    """The constants of `finish_product_kernel`."""
+    return {
+        "HAS_BIAS": has_bias,
+        "HAS_LORA": R > 0,
+        "GATE_PER_ROW": gate_per_row,
+        "BLOCK_M": small_product_blocks(M, element_size)[0],
+        "BLOCK_N": FINISH_COLUMNS,
+        "BLOCK_R": rank_block(torch.float32, R),
+        "PADDED_R": padded_rank(R),
+        "num_warps": 4,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
 
 
 def small_linear_4bit(
@@ -172,6 +225,7 @@ def small_linear_4bit(
     modality_ids: torch.Tensor | None = None,
     scaling: float = 1.0,
     rows_per_sequence: int = 1,
+    splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = x W^T + bias + (h * G) B^T for few rows, with W decoded on the way to the tensor cores.
@@ -182,6 +236,7 @@ def small_linear_4bit(
         bias: [N] or None.
         h, lora_B, gates, modality_ids, scaling, rows_per_sequence: as in `expand_add`; h is None for the
             frozen layer alone.
+        splits: into how many parts K is split, at most as many as there are blocks of it; 0 chooses.
         out: [M, N], dtype of x, unit column stride; allocated if absent.
     Returns:
         y, [M, N], dtype of x.
@@ -194,13 +249,11 @@ def small_linear_4bit(
     y = torch.empty(M, N, dtype=x.dtype, device=x.device) if out is None else out
     if M == 0 or N == 0:
         return y
-    block_m, block_n, block_k = small_product_blocks(M, x.element_size())
-    blocks_of_columns = triton.cdiv(K, block_k)
-    splits = max(1, min(programs_wanted(x.device) // triton.cdiv(N, block_n), blocks_of_columns // 2))
-    blocks_per_split = triton.cdiv(blocks_of_columns, splits)
-    splits = triton.cdiv(blocks_of_columns, blocks_per_split)
-    parts = torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
-    small_product_kernel[(triton.cdiv(N, block_n), splits)](
+    element_size = x.element_size()
+    programs = programs_wanted(x.device)
+    launch = small_product_launch(M, N, K, element_size, blocksize, nested_blocksize, programs, splits)
+    parts = torch.empty(launch.splits, M, N, dtype=torch.float32, device=x.device)
+    small_product_kernel[launch.grid](
         x,
         data,
         *unpack_statistics(statistics),
@@ -210,20 +263,12 @@ def small_linear_4bit(
         K,
         N * K,
         x.stride(0),
-        blocks_per_split,
-        BLOCKSIZE=blocksize,
-        NESTED_BLOCKSIZE=nested_blocksize,
-        PLACEMENT=placement_of(K, blocksize),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=4,
-        num_stages=3,
-        enable_fp_fusion=True,
+        launch.blocks_per_split,
+        **launch.constants,
     )
     R = 0 if h is None else h.shape[1]
     rank_per_expert = 1 if gates is None or R == 0 else R // gates.shape[1]
-    finish_product_kernel[(triton.cdiv(N, FINISH_COLUMNS),)](
+    finish_product_kernel[(cdiv(N, FINISH_COLUMNS),)](
         parts,
         bias,
         h,
@@ -234,7 +279,7 @@ def small_linear_4bit(
         M,
         N,
         R,
-        splits,
+        launch.splits,
         M * N,
         row_stride(h),
         row_stride(lora_B),
@@ -243,15 +288,6 @@ def small_linear_4bit(
         rows_per_sequence,
         rank_per_expert,
         scaling,
-        HAS_BIAS=bias is not None,
-        HAS_LORA=R > 0,
-        GATE_PER_ROW=gates_are_per_row(gates, modality_ids),
-        BLOCK_M=block_m,
-        BLOCK_N=FINISH_COLUMNS,
-        BLOCK_R=rank_block(torch.float32, R),
-        PADDED_R=padded_rank(R),
-        num_warps=4,
-        num_stages=1,
-        enable_fp_fusion=True,
+        **finish_constants(M, element_size, R, bias is not None, gates_are_per_row(gates, modality_ids)),
     )
     return y

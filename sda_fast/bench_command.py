@@ -38,7 +38,9 @@ class BenchConfig:
         "finetune: steps of fine-tuning a 7B model (CPU: a small one) beside PEFT, the expert loop and the planner"
     )  # fmt: skip
     tune: bool = setting(
-        False, "measure the ways of computing a layer instead, and write the table that chooses among them here"
+        False,
+        "measure the ways of computing a layer instead, on a GPU also into how many parts the small 4-bit product cuts "
+        "K, and write the table that chooses among them here",
     )
     quick: bool = setting(True, "the short table of cases; --no-quick measures the whole one")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to measure; auto takes a GPU if there is one")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,26 @@ from tqdm import tqdm
 from sda_fast import MoDALinear
 from sda_fast.atomic import write_json_atomic
 from sda_fast.jobs.fingerprint import versions
-from sda_fast.ops import cuda_library, fold_regimes, measured, regimes
-from sda_fast.ops.fold_regimes import Way, forced_evaluation, possible_ways
+from sda_fast.ops import cuda_library, fold_regimes, measured, regimes, splits
+from sda_fast.ops.fold_regimes import LARGEST_SMALL_M, Way, forced_evaluation, possible_ways
 from sda_fast.ops.quantized import decode_absmax, decode_in_pytorch, describe_weight
 from sda_fast.timing import one_thread_on_a_cpu, percentile, time_in_turns
 
 logger = logging.getLogger(__name__)
 
 EXPERTS, RANK = 8, 8
+SPLIT_DECISIONS = (splits.DECISION_IN_TRITON, splits.DECISION_BY_LIBRARY)
 TIMERS = {"cpu": "processor time, 1 thread", "cuda": "device time between events, cache cleared before"}
 # N x K: layers of Qwen2.5-VL-7B, then of Llama-3.2-11B-Vision.
 GPU_QUICK = ((3584, 3584), (512, 3584), (18944, 3584), (3584, 18944))
 GPU_FULL = (*GPU_QUICK, (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 GPU_ROWS = ((1, 16, 64, 256, 1024, 8192), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192))
 CPU_QUICK = ((512, 512), (1024, 1024), (256, 1536))
-CPU_FULL = (*CPU_QUICK, (1536, 256), (2048, 2048))
+CPU_FULL = (*CPU_QUICK, (1536, 256), (2048, 2048), (512, 3584), (3584, 3584))
+# Rows on a CPU that bitsandbytes' own 4-bit product, which takes bfloat16, may be the fastest for.
+CPU_FEW_ROWS = (1, 2, 4, 8, 16, 32, 64)
+# Beyond this many operations one product takes a CPU's thread too long.
+CPU_OPERATIONS = 3e10
 # Rows on a CPU, in units of N K / (N + K), where folding and not folding cost about the same.
 CPU_RATIOS = ((0.25, 1, 4), (0.25, 0.5, 1, 2, 4, 8))
 Record = dict[str, Any]
@@ -91,12 +97,17 @@ def cases(device: str, *, quick: bool, shapes: Sequence[tuple[int, int]] = (), f
     weights = ("float", "nf4") if four_bit else ("float",)
     if device == "cpu":
         for N, K in shapes or (CPU_QUICK if quick else CPU_FULL):
-            rows = [1, *(max(1, round(a * N * K / (N + K))) for a in CPU_RATIOS[not quick])]
-            for dtype in (torch.float32, torch.bfloat16):
-                table += [Case(fold_regimes.DECISION, dtype, w, M, N, K) for w in weights for M in dict.fromkeys(rows)]
+            for dtype, weight in product((torch.float32, torch.bfloat16), weights):
+                few = CPU_FEW_ROWS if (dtype, weight) == (torch.bfloat16, "nf4") else (1,)
+                many = (max(1, round(a * N * K / (N + K))) for a in CPU_RATIOS[not quick])
+                rows = [M for M in dict.fromkeys((*few, *many)) if M in few or 2 * M * N * K <= CPU_OPERATIONS]
+                table += [Case(fold_regimes.DECISION, dtype, weight, M, N, K) for M in rows]
         return table
     for N, K in shapes or (GPU_QUICK if quick else GPU_FULL):
         for M in GPU_ROWS[not quick]:
+            if four_bit and M <= LARGEST_SMALL_M:
+                # Before the ways of evaluation, which take the number of parts that turns out best.
+                table += [Case(decision, torch.bfloat16, "nf4", M, N, K) for decision in SPLIT_DECISIONS]
             table += [Case(fold_regimes.DECISION, torch.bfloat16, weight, M, N, K) for weight in weights]
             if M >= 64:
                 ranks = (RANK,) if quick else (RANK, 64)
@@ -121,13 +132,16 @@ def run(config: Any, device: torch.device) -> str:
         shapes=shapes_from(config.shapes),
         four_bit=importlib.util.find_spec("bitsandbytes") is not None,
     )
-    records, started = [], time.perf_counter()
+    records: list[Record] = []
+    started = time.perf_counter()
     torch.manual_seed(0)
     with one_thread_on_a_cpu(device), tqdm(table, unit="shape", desc=f"tuning for {chip}", disable=None) as bar:
         for case in bar:
             bar.set_postfix_str(str(case), refresh=False)
             late = time.perf_counter() - started > config.limit
-            records.append(not_measured(case, "out of time") if late else measure_case(case, device, config.seconds))
+            records.append(
+                not_measured(case, "out of time") if late else measure_case(case, device, config.seconds, records)
+            )
     path = measured.table_path(folder, chip)
     described = {
         "versions": versions(),
@@ -144,10 +158,16 @@ def not_measured(case: Case, reason: str) -> Record:
     return {**case.described(), "microseconds": {}, "refused": {"all": f"not measured, {reason}"}}
 
 
-def measure_case(case: Case, device: torch.device, seconds: float) -> Record:
-    """Medians of every way that computes the case rightly, in microseconds, and why others have none."""
+def measure_case(case: Case, device: torch.device, seconds: float, before: Sequence[Record] = ()) -> Record:
+    """Medians of every way that computes the case rightly, in microseconds, and why others have none.
+
+    Args:
+        before: records that were measured already; the small product takes the number of parts that was best in them.
+    """
     try:
-        ways, truth = WAYS_OF[case.decision](case, device)
+        ways, truth = WAYS_OF[case.decision](case, device, before)
+    except Unavailable as problem:
+        return {**case.described(), "microseconds": {}, "refused": {"all": str(problem)}}
     except torch.OutOfMemoryError:
         return not_measured(case, "out of memory")
     # One rounding to the dtype of x, or a product in float32.
@@ -169,27 +189,72 @@ def measure_case(case: Case, device: torch.device, seconds: float) -> Record:
     return {**case.described(), "microseconds": medians, **({"refused": refused} if refused else {})}
 
 
-def evaluation_ways(case: Case, device: torch.device) -> tuple[Ways, Tensor]:
+class Unavailable(Exception):
+    """Nothing of a case can be measured here; the message says why."""
+
+
+def evaluation_ways(case: Case, device: torch.device, before: Sequence[Record]) -> tuple[Ways, Tensor]:
     """The ways of one layer in evaluation with one modality, and its result in wide sums."""
-    base = frozen_layer(case, device)
-    layer = MoDALinear(base, r=case.r, num_experts=EXPERTS).eval()
-    nn.init.normal_(layer.lora_B, std=0.2)  # so that a wrong update fails the check
-    x = torch.randn(case.rows, case.in_features).to(device, case.dtype)
+    layer, x, truth = evaluated_layer(case, device)
     layout = describe_weight(layer.weight)[0]
     use_library = cuda_library.is_available(device)
     backend = "triton" if device.type == "cuda" else "torch"
 
-    def step(way: Way) -> Tensor:
-        with torch.no_grad(), forced_evaluation(way.what, by_library=way.by_library):
+    def step(way: Way, parts: int) -> Tensor:
+        with torch.no_grad(), forced_evaluation(way.what, by_library=way.by_library), splits.forced_splits(parts):
             return layer(x, 1)
 
-    ways: Ways = {way.name: partial(step, way) for way in possible_ways(x, layout, backend, use_library)}
+    ways: Ways = {}
+    for way in possible_ways(x, layout, backend, use_library, may_repack=True):
+        ways[way.name] = partial(step, way, best_splits(case, way.by_library, before))
+    return ways, truth
+
+
+def best_splits(case: Case, by_library: bool, before: Sequence[Record]) -> int:
+    """The fastest number of parts of K among the records measured before for this layer and rows."""
+    decision = splits.DECISION_BY_LIBRARY if by_library else splits.DECISION_IN_TRITON
+    wanted = {**case.described(), "decision": decision}
+    for record in before:
+        times = record["microseconds"]
+        if times and all(record[name] == value for name, value in wanted.items()):
+            return splits.count_of(min(times, key=times.__getitem__))
+    return splits.BY_RULE
+
+
+def split_ways(case: Case, device: torch.device, before: Sequence[Record]) -> tuple[Ways, Tensor]:
+    """The small product of one layer with K cut into one number of parts or another."""
+    from sda_fast.kernels.nf4_linear import small_product_blocks
+
+    by_library = case.decision == splits.DECISION_BY_LIBRARY
+    lacking = cuda_library.reason_unavailable(device)
+    if by_library and lacking:
+        raise Unavailable(f"not measured, no CUDA library: {lacking}")
+    layer, x, truth = evaluated_layer(case, device)
+    if not by_library:
+        layer.backend = "triton"
+
+    def step(parts: int) -> Tensor:
+        forced = forced_evaluation("small product", by_library=by_library)
+        with torch.no_grad(), forced, splits.forced_splits(parts):
+            return layer(x, 1)
+
+    columns = small_product_blocks(case.rows, case.dtype.itemsize)[2]
+    counts = splits.candidates(case.in_features, columns)
+    return {splits.name_of(count): partial(step, count) for count in counts}, truth
+
+
+def evaluated_layer(case: Case, device: torch.device) -> tuple[MoDALinear, Tensor, Tensor]:
+    """An adapted layer in evaluation, an input, and what comes out of it for modality 1 in wide sums."""
+    base = frozen_layer(case, device)
+    layer = MoDALinear(base, r=case.r, num_experts=EXPERTS).eval()
+    nn.init.normal_(layer.lora_B, std=0.2)  # so that a wrong update fails the check
+    x = torch.randn(case.rows, case.in_features).to(device, case.dtype)
     wide = torch.float64 if case.dtype == torch.float32 else torch.float32
     with torch.no_grad():
         gate = layer.scaling * layer.gates()[1].repeat_interleave(case.r // EXPERTS).to(wide)
         truth = x.to(wide) @ plain_weight(base).to(wide).t()
         truth += (x.to(wide) @ layer.lora_A.to(wide).t() * gate) @ layer.lora_B.to(wide).t()
-    return ways, truth
+    return layer, x, truth
 
 
 def frozen_layer(case: Case, device: torch.device) -> nn.Module:
@@ -212,7 +277,7 @@ def plain_weight(base: nn.Module) -> Tensor:
     return decode_in_pytorch(layout, codes, absmax, statistics[1], out.view(-1)).view(out.shape)
 
 
-def update_ways(case: Case, device: torch.device) -> tuple[Ways, Tensor]:
+def update_ways(case: Case, device: torch.device, before: Sequence[Record]) -> tuple[Ways, Tensor]:
     """The ways of updating y in training; the weight is dense, as all find it after decoding."""
     from sda_fast.kernels.moda_forward import expand, expand_add
     from sda_fast.kernels.moda_gemm import gated_linear
@@ -233,7 +298,7 @@ def update_ways(case: Case, device: torch.device) -> tuple[Ways, Tensor]:
     return ways, naive_gated_linear(x.float(), weight.float(), None, h, lora_B, gate)
 
 
-def update_ways_of_dx(case: Case, device: torch.device) -> tuple[Ways, Tensor]:
+def update_ways_of_dx(case: Case, device: torch.device, before: Sequence[Record]) -> tuple[Ways, Tensor]:
     """The ways of updating dx [M, N] from dy [M, K], with dropout, dA included."""
     from sda_fast.kernels.moda_backward import dx_pass
     from sda_fast.kernels.moda_naive import naive_dx_pass
@@ -245,7 +310,7 @@ def update_ways_of_dx(case: Case, device: torch.device) -> tuple[Ways, Tensor]:
     dh, lora_A = torch.randn(M, r, device=device), torch.randn(r, width, device=device) * 0.01
     dropping: dict[str, Any] = {"dropout_p": 0.1, "seed": torch.tensor([1], device=device)}
 
-    def before() -> Tensor:
+    def written_first() -> Tensor:
         dx = x.new_empty(M, width)
         dx_pass(x, dh, lora_A, dx, adds=False, **dropping)
         return dx.addmm_(dy, weight)
@@ -257,11 +322,12 @@ def update_ways_of_dx(case: Case, device: torch.device) -> tuple[Ways, Tensor]:
 
     keep, product = keep_mask(M, width, 0.1, 1, device), dy.float() @ weight.float()
     _, truth = naive_dx_pass(x.float(), dh, lora_A, product, keep, dropout_scale(0.1))
-    return {"before": before, "in place": in_place}, truth
+    return {"before": written_first, "in place": in_place}, truth
 
 
 WAYS_OF = {
     fold_regimes.DECISION: evaluation_ways,
+    **dict.fromkeys(SPLIT_DECISIONS, split_ways),
     regimes.DECISION: update_ways,
     regimes.DECISION_ON_DX: update_ways_of_dx,
 }
@@ -272,10 +338,10 @@ def line_of(record: Record) -> str:
     shape = "  ".join(f"{name}={record[name]}" for name in ("M", "N", "K", "r"))
     times = record["microseconds"]
     if not times:
-        return f"{record['decision']:<12} {shape}: {'; '.join(record['refused'].values())}"
+        return f"{record['decision']:<19} {shape}: {'; '.join(record['refused'].values())}"
     best = min(times, key=times.__getitem__)
     shown = ", ".join(f"{name} {time:.4g}" for name, time in sorted(times.items(), key=lambda pair: pair[1]))
-    return f"{record['decision']:<12} {record['dtype']} {record['weight']}  {shape}: {best} ({shown} us)"
+    return f"{record['decision']:<19} {record['dtype']} {record['weight']}  {shape}: {best} ({shown} us)"
 
 
 def where_it_counts(path: Path, output: Path | None) -> str:

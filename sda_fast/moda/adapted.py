@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from sda_fast.ops import repacked
+from sda_fast.ops.fold_regimes import BITSANDBYTES, evaluation_way
 from sda_fast.ops.gates import GateParameters
 from sda_fast.ops.moda_linear import as_autocast, moda_linear_group
-from sda_fast.ops.quantized import is_4bit, state_of
+from sda_fast.ops.quantized import is_4bit, layout_of, state_of
 
 if TYPE_CHECKING:
     from sda_fast.moda.fold import FoldedWeights
+    from sda_fast.ops.kept_gates import KeptGates
+    from sda_fast.ops.repacked import RepackedWeights
 
 
 class AdaptedLayer(Protocol):
@@ -24,6 +28,9 @@ class AdaptedLayer(Protocol):
     training: bool
     cache_folded: bool | str | int
     folded: FoldedWeights
+    keep_repacked: bool
+    repacked: RepackedWeights
+    kept_gates: KeptGates
 
     @property
     def lora_A(self) -> Tensor: ...
@@ -37,7 +44,8 @@ class AdaptedLayer(Protocol):
     def modality_names(self) -> tuple[str, ...]: ...
     def gates(self, modality: int | None = None) -> Tensor: ...
     def gate_parameters(self) -> GateParameters: ...
-    def adapter_tensors(self) -> tuple[Tensor, ...]: ...
+    def adapter_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+    def free_kept_weights(self) -> None: ...
 
 
 def apply_group(layers: Sequence[AdaptedLayer], x: Tensor, modality_ids: Tensor | Sequence[int] | int) -> list[Tensor]:
@@ -46,19 +54,32 @@ def apply_group(layers: Sequence[AdaptedLayer], x: Tensor, modality_ids: Tensor 
     From one operation; in evaluation without gradients and with one modality for all, that operation may fold, and
     layers that keep folded weights use them.
     """
-    may_fold = not torch.is_grad_enabled() and not any(layer.training for layer in layers)
-    if not torch.compiler.is_compiling():
-        if torch.is_grad_enabled():
-            for layer in layers:
-                layer.folded.clear()
-        elif may_fold and isinstance(modality_ids, int) and any(keeps_folded(layer, modality_ids) for layer in layers):
-            return [
-                apply_folded(layer, x, modality_ids)
-                if keeps_folded(layer, modality_ids)
-                else apply_in_one(layers[index : index + 1], x, modality_ids, may_fold)[0]
-                for index, layer in enumerate(layers)
-            ]
+    may_fold = not torch.is_grad_enabled()
+    for layer in layers:
+        may_fold = may_fold and not layer.training
+    if torch.compiler.is_compiling():
+        return apply_in_one(layers, x, modality_ids, may_fold)
+    if torch.is_grad_enabled():
+        for layer in layers:
+            layer.free_kept_weights()
+    elif may_fold and isinstance(modality_ids, int):
+        x = as_autocast(x)
+        outputs = [apply_kept(layer, x, modality_ids) for layer in layers]
+        left = [layer for layer, y in zip(layers, outputs, strict=True) if y is None]
+        if left:
+            rest = iter(apply_in_one(left, x, modality_ids, may_fold))
+            outputs = [next(rest) if y is None else y for y in outputs]
+        return outputs  # type: ignore[return-value]
     return apply_in_one(layers, x, modality_ids, may_fold)
+
+
+def apply_kept(layer: AdaptedLayer, x: Tensor, modality_id: int) -> Tensor | None:
+    """The layer's output from a weight that it keeps, folded or repacked, None where it keeps none for such an x."""
+    if keeps_folded(layer, modality_id):
+        return apply_folded(layer, x, modality_id)
+    if x.is_cpu and x.dtype == torch.bfloat16 and layer.keep_repacked:
+        return apply_repacked(layer, x, modality_id)
+    return None
 
 
 def apply_in_one(
@@ -91,10 +112,33 @@ def keeps_folded(layer: AdaptedLayer, modality_id: int) -> bool:
 
 def apply_folded(layer: AdaptedLayer, x: Tensor, modality_id: int) -> Tensor:
     """The layer's output from the folded weight that it keeps."""
-    x = as_autocast(x)
     weight = layer.folded.get(layer, modality_id, x.dtype)
     bias: Tensor | None = layer.base_layer.bias  # type: ignore[assignment]
     return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def apply_repacked(layer: AdaptedLayer, x: Tensor, modality_id: int) -> Tensor | None:
+    """The layer's output by bitsandbytes' product from the repacked copy that it keeps, None if that is not the way."""
+    base = layer.base_layer
+    copy = layer.repacked.valid(base.weight)  # type: ignore[arg-type]
+    if copy is not None:
+        layout = copy.layout
+    else:
+        weight = frozen_weight(base)
+        if not repacked.watchable(weight):
+            return None
+        layout = layout_of(state_of(weight))
+    # An x that does not fit is an error, which the other ways have words for.
+    if layer.backend not in ("auto", "torch") or x.dim() == 0 or x.shape[-1] != layout.in_features:
+        return None
+    if evaluation_way(x, layout, "torch", False, may_repack=True) is not BITSANDBYTES:
+        return None
+    if copy is None:
+        copy = layer.repacked.make(weight)
+    bias: Tensor | None = base.bias  # type: ignore[assignment]
+    lora_A, lora_B, gate_embedding, gate_proj = layer.adapter_tensors()
+    gates = layer.kept_gates.get(gate_embedding, gate_proj, modality_id)
+    return repacked.output_of(copy, x, bias, lora_A, lora_B, gates, layer.scaling)
 
 
 def frozen_weight(base_layer: nn.Module) -> Tensor:

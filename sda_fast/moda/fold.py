@@ -16,9 +16,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sda_fast.moda.adapted import AdaptedLayer, frozen_weight
 from sda_fast.ops import cuda_library
 from sda_fast.ops.folding import folded_weight
+from sda_fast.ops.kept_gates import KeptGates
 from sda_fast.ops.moda_group import resolve_backend
 from sda_fast.ops.moda_torch import Member
 from sda_fast.ops.quantized import describe_weight
+from sda_fast.ops.repacked import RepackedWeights
 
 
 class OptimizerSteps:
@@ -135,27 +137,40 @@ class FoldedWeights:
 
 
 class FoldableLayer(nn.Module):
-    """What an adapted layer inherits to keep folded weights.
+    """What an adapted layer inherits to keep weights between passes in evaluation.
 
-    `cache_folded` says whether to: False (the start), True for every modality that passes, or one modality's name or
-    id. It costs a weight in the dtype of the activations for each; a 4-bit layer then holds four times its size more.
+    `cache_folded` says whether to keep folded ones: False (the start), True for every modality that passes, or one
+    modality's name or id. It costs a weight in the dtype of the activations for each; a 4-bit layer then holds four
+    times its size more.
+
+    `keep_repacked` says whether a 4-bit layer on a CPU may keep a second copy of its codes in the layout of
+    bitsandbytes' product for few rows, once such rows pass: True at the start.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.cache_folded: bool | str | int = False
         self.folded = FoldedWeights()
+        self.keep_repacked = True
+        self.repacked = RepackedWeights()
+        self.kept_gates = KeptGates()
+
+    def free_kept_weights(self) -> None:
+        """Free the folded weights and the repacked copy; the next pass that may keep them makes them anew."""
+        self.folded.clear()
+        self.repacked.clear()
+        self.kept_gates.clear()
 
     def train(self, mode: bool = True) -> FoldableLayer:
-        """As nn.Module's; training frees the folded weights."""
+        """As nn.Module's; training frees the weights that are kept."""
         if mode:
-            self.folded.clear()
+            self.free_kept_weights()
         super().train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldableLayer:
         # Every change of device or dtype comes through here.
-        self.folded.clear()
+        self.free_kept_weights()
         super()._apply(fn, recurse)
         return self
 
@@ -191,7 +206,7 @@ def unfold_model(model: nn.Module) -> None:
     """
     for layer in foldable_layers(model):
         layer.cache_folded = False
-        layer.folded.clear()
+        layer.free_kept_weights()
 
 
 def foldable_layers(model: nn.Module) -> list[FoldableLayer]:

@@ -123,7 +123,7 @@ class MoDALinear(FoldableLayer):
         """What the gates are made from."""
         return GateParameters(self.gate_embedding, self.gate_proj)
 
-    def adapter_tensors(self) -> tuple[Tensor, ...]:
+    def adapter_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All that is trained."""
         return self.lora_A, self.lora_B, self.gate_embedding, self.gate_proj
 

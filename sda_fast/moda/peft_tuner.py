@@ -149,9 +149,10 @@ class MoDATunerLayer(FoldableLayer, BaseTunerLayer):
         """What the active adapter's gates are made from."""
         return GateParameters(self._active("moda_gate_embedding"), self._active("moda_gate_proj"))
 
-    def adapter_tensors(self) -> tuple[Tensor, ...]:
+    def adapter_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All that is trained of the active adapter."""
-        return tuple(self._active(name) for name in PARAMETERS)
+        lora_A, lora_B, gate_embedding, gate_proj = (self._active(name) for name in PARAMETERS)
+        return lora_A, lora_B, gate_embedding, gate_proj
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `MoDALinear.forward`; the frozen layer alone while adapters are disabled."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sda_fast.ops.quantized import QUANT_TYPES, WeightLayout
+from sda_fast.ops.quantized import QUANT_TYPES, WeightLayout, in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,10 @@ def weight_arguments(layout: WeightLayout, data: Tensor, statistics: list[Tensor
         raise ValueError("the CUDA library takes 4-bit weights, got a plain matrix")
     if not layout.nested_blocksize:
         absmax, code = statistics
-        return data, code.float(), absmax.float(), None, None, None, layout.blocksize, 0
+        return data, in_float32(code), in_float32(absmax), None, None, None, layout.blocksize, 0
     absmax, code, nested_absmax, nested_code, offset = statistics
-    nested = (nested_code.float(), nested_absmax.float(), offset.float().reshape(1))
-    return data, code.float(), absmax, *nested, layout.blocksize, layout.nested_blocksize
+    nested = (in_float32(nested_code), in_float32(nested_absmax), in_float32(offset).reshape(1))
+    return data, in_float32(code), absmax, *nested, layout.blocksize, layout.nested_blocksize
 
 
 def decode(layout: WeightLayout, data: Tensor, statistics: list[Tensor], out: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def decode_fold(
     """
     weight = weight_arguments(layout, data, statistics)
     torch.ops.sda_fast_cuda.decode_fold_4bit(
-        *weight, lora_A.contiguous(), lora_B.contiguous(), gates.float().contiguous(), scaling, out
+        *weight, lora_A.contiguous(), lora_B.contiguous(), in_float32(gates).contiguous(), scaling, out
     )
     return out
 
@@ -162,9 +162,9 @@ def linear(
     """
     out = x.new_empty(x.shape[0], layout.out_features)
     weight = weight_arguments(layout, data, statistics)
-    hidden = None if hidden is None else hidden.float().contiguous()
+    hidden = None if hidden is None else in_float32(hidden).contiguous()
     lora_B = None if lora_B is None else lora_B.contiguous()
-    gates = None if gates is None else gates.float().contiguous()
+    gates = None if gates is None else in_float32(gates).contiguous()
     multiplier = CODE_MULTIPLIERS[layout.quant_type, x.dtype]
     update = (hidden, lora_B, gates, scaling)
     torch.ops.sda_fast_cuda.linear_4bit(x.contiguous(), *weight, bias, *update, multiplier, out, splits)

@@ -2,16 +2,17 @@
 
 "fold": decode (or copy) the weight with the update added, then a library GEMM. "unfold": as in training. "small
 product": the 4-bit weight is decoded on its way to the multiplication, the update added in the epilogue; nothing of the
-weight's size is written. "bitsandbytes": its own 4-bit product, then the update as in training.
+weight's size is written. "bitsandbytes": its own 4-bit product, then the update; on a CPU from a repacked copy of the
+codes that the layer keeps (`repacked`).
 
 What `sda-fast bench --tune` measured on this device decides (`measured`). Where it did not, a rule does: folding costs
 about as much as N * K elements' worth of work, the update beside the weight as much as rows * (N + K), so folding pays
 from `rows >= RATIO * N * K / (N + K)` on; where a kernel decodes a 4-bit weight anyway, folding is free of extra bytes
-and always chosen, the small product up to 64 rows.
+and always chosen, the small product up to 64 rows. On a CPU bitsandbytes' product is taken up to 16 rows.
 
 The ratios were measured on: CPU, float32 and bfloat16 at rank 8 (bench/results/fold-cpu.json names the device); float16
-is taken to be as bfloat16, float64 as float32. GPU: not measured; the ratio counts bytes (20 per weight element and
-fold, 4 N + 2 K per row otherwise, N = K).
+is taken to be as bfloat16, float64 as float32. The 16 rows: on two CPUs (bench/results/nf4-*.json). GPU: not measured;
+the ratio counts bytes (20 per weight element and fold, 4 N + 2 K per row otherwise, N = K).
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sda_fast.ops import measured
+from sda_fast.ops import measured, repacked
 from sda_fast.ops.quantized import DECODABLE_BY_BITSANDBYTES, QUANT_NAMES, WeightLayout
 
 What = Literal["fold", "unfold", "small product", "bitsandbytes"]
 DECISION = "evaluation"
 LARGEST_SMALL_M = 64
+LARGEST_REPACKED_M = 16
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 # By device type and bytes per element of x.
 RATIOS = {("cpu", 2): 4.0, ("cpu", 4): 2.0, ("cpu", 8): 2.0, ("cuda", 2): 7.0, ("cuda", 4): 7.0, ("cuda", 8): 7.0}
@@ -49,6 +51,7 @@ class Way:
         return f"{self.what} by the library" if self.by_library else self.what
 
 
+BITSANDBYTES = Way("bitsandbytes")
 _forced: ContextVar[Way | None] = ContextVar("sda_fast_evaluation_way", default=None)
 
 
@@ -68,62 +71,109 @@ def forced_evaluation(what: What, *, by_library: bool = False) -> Iterator[None]
         _forced.reset(token)
 
 
-def possible_ways(x: Tensor, layout: WeightLayout, backend: str, use_library: bool) -> tuple[Way, ...]:
-    """What activations x [M, K] and a weight allow here; `backend` is "triton" or "torch", see `evaluation_way`."""
-    library = use_library and layout.quant_type != 0 and x.dtype in SIXTEEN_BITS
+def possible_ways(
+    x: Tensor, layout: WeightLayout, backend: str, use_library: bool, *, may_repack: bool = False
+) -> tuple[Way, ...]:
+    """What activations x [M, K] and a weight allow here; the arguments are those of `evaluation_way`."""
+    return ways_of(x.device, x.dtype, rows_of(x), layout, backend, use_library, may_repack)
+
+
+def rows_of(x: Tensor) -> int:
+    """M of activations [..., K]."""
+    return x.shape[0] if x.dim() == 2 else x.numel() // x.shape[-1] if x.shape[-1] else 0
+
+
+def ways_of(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    layout: WeightLayout,
+    backend: str,
+    use_library: bool,
+    may_repack: bool,
+) -> tuple[Way, ...]:
+    library = use_library and layout.quant_type != 0 and dtype in SIXTEEN_BITS
     ways = [Way("fold"), Way("unfold")]
     if library:
         ways.append(Way("fold", by_library=True))
-    if x.shape[0] <= LARGEST_SMALL_M:
+    if rows <= LARGEST_SMALL_M:
         if layout.quant_type != 0 and backend == "triton":
             ways.append(Way("small product"))
         if library:
             ways.append(Way("small product", by_library=True))
-    if bitsandbytes_multiplies(x, layout):
-        ways.append(Way("bitsandbytes"))
+    repacks = may_repack and backend == "torch" and repacked.takes(device, dtype, rows, layout)
+    if repacks or bitsandbytes_multiplies(device, dtype, layout):
+        ways.append(BITSANDBYTES)
     return tuple(ways)
 
 
-def bitsandbytes_multiplies(x: Tensor, layout: WeightLayout) -> bool:
-    """Whether bitsandbytes has its own product for such a weight; on a CPU it wants the codes in its own layout."""
+def bitsandbytes_multiplies(device: torch.device, dtype: torch.dtype, layout: WeightLayout) -> bool:
+    """Whether bitsandbytes has its own product for such a weight as it is; on a CPU it wants another layout."""
     return (
-        x.is_cuda
+        device.type == "cuda"
         and layout.quant_type != 0
         and layout.in_features % layout.blocksize == 0
         and layout.nested_blocksize in (0, 256)
-        and x.dtype in DECODABLE_BY_BITSANDBYTES
+        and dtype in DECODABLE_BY_BITSANDBYTES
         and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
     )
 
 
-def evaluation_way(x: Tensor, layout: WeightLayout, backend: str, use_library: bool) -> Way:
-    """The way to take for activations x [M, K], a weight, and what can compute: "triton" or "torch", the library."""
-    ways = possible_ways(x, layout, backend, use_library)
-    forced = _forced.get()
+def evaluation_way(
+    x: Tensor, layout: WeightLayout, backend: str, use_library: bool, *, may_repack: bool = False
+) -> Way:
+    """The way to take for activations x [..., K] and a weight.
+
+    Args:
+        backend, use_library: what can compute, "triton" or "torch", and the CUDA library.
+        may_repack: whether a repacked copy of the weight can be kept, which only a layer can.
+    """
+    return way_of(x.device, x.dtype, rows_of(x), layout, backend, use_library, may_repack, _forced.get())
+
+
+@measured.cached_by_tables
+def way_of(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    layout: WeightLayout,
+    backend: str,
+    use_library: bool,
+    may_repack: bool,
+    forced: Way | None,
+) -> Way:
+    """`evaluation_way` of what it depends on: asked in every pass of every layer, so answered once."""
+    ways = ways_of(device, dtype, rows, layout, backend, use_library, may_repack)
     if forced in ways:
-        return forced
+        return ways[ways.index(forced)]
+    by_rule = way_by_rule(device, dtype, rows, layout, backend, ways)
     # Tables hold what backend="auto" would run.
-    if backend == ("triton" if x.is_cuda else "torch"):
+    if backend == ("triton" if device.type == "cuda" else "torch"):
         name = measured.fastest(
-            x.device,
+            device,
             DECISION,
             tuple(way.name for way in ways),
-            dtype=x.dtype,
+            dtype=dtype,
             weight=QUANT_NAMES.get(layout.quant_type, "float"),
-            rows=x.shape[0],
+            rows=rows,
             out_features=layout.out_features,
             in_features=layout.in_features,
+            must_have=BITSANDBYTES.name if by_rule == BITSANDBYTES else None,
         )
         if name is not None:
             return next(way for way in ways if way.name == name)
-    return way_by_rule(x, layout, backend, ways)
+    return by_rule
 
 
-def way_by_rule(x: Tensor, layout: WeightLayout, backend: str, ways: tuple[Way, ...]) -> Way:
+def way_by_rule(
+    device: torch.device, dtype: torch.dtype, rows: int, layout: WeightLayout, backend: str, ways: tuple[Way, ...]
+) -> Way:
     """What is taken where nothing like it was measured."""
+    if device.type == "cpu" and BITSANDBYTES in ways and rows <= LARGEST_REPACKED_M:
+        return BITSANDBYTES
     by_library = Way("fold", by_library=True) in ways
     if by_library or (layout.quant_type != 0 and backend == "triton"):
-        return Way("small product" if x.shape[0] <= LARGEST_SMALL_M else "fold", by_library)
+        return Way("small product" if rows <= LARGEST_SMALL_M else "fold", by_library)
     N, K = layout.out_features, layout.in_features
-    pays = x.shape[0] * (N + K) >= RATIOS[x.device.type, x.element_size()] * N * K
+    pays = rows * (N + K) >= RATIOS[device.type, dtype.itemsize] * N * K
     return Way("fold" if pays else "unfold")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sda_fast.ops import cuda_library
-from sda_fast.ops.moda_group import without_autocast
+from sda_fast.ops.moda_group import runs_here_and_now, without_autocast
 from sda_fast.ops.moda_torch import wide
 
 EVERY_MODALITY = -1
@@ -55,6 +55,8 @@ def moda_gates(gate_embedding: Tensor, gate_proj: Tensor, modality: int | None =
     if modality is not None and not 0 <= modality < gate_embedding.shape[0]:
         raise ValueError(f"modality id {modality} is not below the number of modalities, {gate_embedding.shape[0]}")
     wanted = EVERY_MODALITY if modality is None else modality
+    if runs_here_and_now():
+        return gates_of(gate_embedding, gate_proj, wanted)
     return torch.ops.sda_fast.moda_gates([gate_embedding], [gate_proj], wanted)[0]
 
 

@@ -16,10 +16,10 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ FORMAT = 1
 PACKAGED_TABLES = Path(__file__).with_name("tables")
 # A layer whose outputs or inputs are more than this many times those of every measured one is not in the table.
 FARTHEST = 2.0
+Result = TypeVar("Result")
+depending: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,17 @@ def fastest(
     out_features: int,
     in_features: int,
     r: int = 8,
+    must_have: str | None = None,
+    same_layer: bool = False,
 ) -> str | None:
     """The fastest of the `possible` ways in the nearest measurement on `device`.
 
     Args:
-        decision: "evaluation" or "update of y".
+        decision: what is to be chosen, such as "evaluation" or "update of y".
         possible: names of ways that this process can go.
         rows, out_features, in_features, r: M, N, K and R.
+        must_have: a way without whose time the measurement says nothing, such as one that older tables do not know.
+        same_layer: only measurements of these very N and K count.
     Returns:
         None where nothing like it was measured, or fewer than two of the possible ways were.
     """
@@ -109,7 +115,11 @@ def fastest(
         return None
     name = str(dtype).removeprefix("torch.")
     line = table.nearest(decision, name, weight, rows, out_features, in_features, r)
+    if line and same_layer and (line.out_features, line.in_features) != (out_features, in_features):
+        return None
     times = {way: time for way, time in line.microseconds.items() if way in possible} if line else {}
+    if must_have is not None and must_have not in times:
+        return None
     return min(times, key=times.__getitem__) if len(times) > 1 else None
 
 
@@ -133,8 +143,15 @@ def table_of(device: str) -> Table | None:
 
 def forget() -> None:
     """Read tables anew at the next question."""
-    table_of.cache_clear()
-    fastest.cache_clear()
+    for cleared in (table_of, fastest, *depending):
+        cleared.cache_clear()
+
+
+def cached_by_tables(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`functools.lru_cache` for what depends on the tables."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+    depending.append(cached)
+    return cached
 
 
 def read_table(path: Path) -> Table:

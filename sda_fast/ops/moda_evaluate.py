@@ -16,6 +16,7 @@ from sda_fast.ops.folding import float32_unless_bfloat16, folded_weight, packed_
 from sda_fast.ops.moda_group import empty_outputs, library, members_of, without_autocast
 from sda_fast.ops.moda_torch import Member
 from sda_fast.ops.quantized import QUANT_NAMES, workspaces
+from sda_fast.ops.splits import splits_of
 
 library.define(
     "moda_evaluate(Tensor x, Tensor[] frozen, Tensor[] adapters, int[] layouts, float[] scalings, str backend, "
@@ -91,9 +92,10 @@ def small_output(member: Member, x: Tensor, h: Tensor, use_library: bool) -> Ten
     layout = member.layout
     bias = None if member.bias is None else member.bias.to(x.dtype)
     lora_B = float32_unless_bfloat16(member.lora_B).contiguous()
+    splits = splits_of(x, layout, use_library)
     if use_library:
         update = (h, lora_B, member.gates[0], member.scaling)
-        return cuda_library.linear(x, layout, member.weight, member.statistics, bias, *update)
+        return cuda_library.linear(x, layout, member.weight, member.statistics, bias, *update, splits)
     from sda_fast.kernels.moda_forward import with_unit_columns
     from sda_fast.kernels.nf4_linear import small_linear_4bit
 
@@ -109,6 +111,7 @@ def small_output(member: Member, x: Tensor, h: Tensor, use_library: bool) -> Ten
         lora_B=lora_B,
         gates=member.gates.contiguous(),
         scaling=member.scaling,
+        splits=splits,
     )
 
 

@@ -116,6 +116,16 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
+def runs_here_and_now() -> bool:
+    """Whether an operation may be computed by a call of its kernel: no gradient, compiler or dispatch mode is there.
+
+    The dispatcher takes lists of tensors apart and together, which costs more than a small layer's other host work.
+    """
+    return (
+        not torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def moda_group_kernel(
     x: Tensor,
     frozen: list[Tensor],

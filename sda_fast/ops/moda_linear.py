@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sda_fast.ops import moda_evaluate  # noqa: F401  (defines an operation)
 from sda_fast.ops.gates import EVERY_MODALITY, GateParameters, moda_gates
 from sda_fast.ops.moda_autograd import Tensors, moda_group
-from sda_fast.ops.moda_group import layout_numbers, resolve_backend
+from sda_fast.ops.moda_evaluate import moda_evaluate_kernel
+from sda_fast.ops.moda_group import layout_numbers, resolve_backend, runs_here_and_now
 from sda_fast.ops.quantized import describe_weight
 
 
@@ -118,7 +118,8 @@ def moda_linear_group(
     scales, one_gate = list(scalings), ids is None and lines == {1}
     if may_fold and one_gate and dropout == 0 and not torch.is_grad_enabled():
         adapters = interleaved(lora_A, lora_B, gates_for_rows(gates, modality))
-        y = torch.ops.sda_fast.moda_evaluate(rows, frozen, adapters, layouts, scales, resolved, backend == "auto")
+        evaluate = moda_evaluate_kernel if runs_here_and_now() else torch.ops.sda_fast.moda_evaluate
+        y = evaluate(rows, frozen, adapters, layouts, scales, resolved, backend == "auto")
         return as_rows_of(x, y)
     drawn = seed_tensor(x, seed) if dropout > 0 else None
     if torch.compiler.is_compiling():

@@ -47,6 +47,11 @@ class WeightLayout:
         return 5 if self.nested_blocksize else 2
 
 
+def in_float32(tensor: Tensor) -> Tensor:
+    """`tensor.float()`; to ask for the dtype that is there already costs the host more than to look at it."""
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
+
+
 def is_4bit(weight: Tensor) -> bool:
     """Whether a weight is a bitsandbytes 4-bit parameter (Params4bit), told by what only that has."""
     return hasattr(weight, "quant_state")
@@ -70,14 +75,17 @@ def describe_weight(weight: Tensor) -> tuple[WeightLayout, Tensor, list[Tensor]]
     state = state_of(weight)
     if getattr(state, "packing_format_for_cpu", False):
         restore_row_major(weight, state)
-    out_features, in_features = state.shape
-    quant_type = QUANT_TYPES[state.quant_type]
     if not state.nested:
-        layout = WeightLayout(out_features, in_features, quant_type, state.blocksize)
-        return layout, weight.data, [state.absmax, state.code]
+        return layout_of(state), weight.data, [state.absmax, state.code]
     nested = state.state2
-    layout = WeightLayout(out_features, in_features, quant_type, state.blocksize, nested.blocksize)
-    return layout, weight.data, [state.absmax, state.code, nested.absmax, nested.code, state.offset]
+    return layout_of(state), weight.data, [state.absmax, state.code, nested.absmax, nested.code, state.offset]
+
+
+def layout_of(state: Any) -> WeightLayout:
+    """The layout that a quantisation state says."""
+    out_features, in_features = state.shape
+    nested_blocksize = state.state2.blocksize if state.nested else 0
+    return WeightLayout(out_features, in_features, QUANT_TYPES[state.quant_type], state.blocksize, nested_blocksize)
 
 
 def state_of(weight: Tensor) -> Any:

@@ -1,10 +1,16 @@
 """Every way of decoding (PyTorch, Triton, CUDA emulated on the host) against bitsandbytes' own, over random formats."""
 
+import copy
+import io
+import itertools
 import math
 import random
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import safetensors.torch
 import torch
 
 from sda_fast.ops.quantized import WeightLayout, decode, decode_absmax, decode_in_pytorch, describe_weight
@@ -33,6 +39,7 @@ class Case:
     dtype: torch.dtype
     packed: torch.Tensor
     state: object
+    parameter: torch.nn.Parameter
     layout: WeightLayout
     data: torch.Tensor
     statistics: list[torch.Tensor]
@@ -51,10 +58,23 @@ def random_case(chance: random.Random, dtypes, largest: int) -> Case:
     shape = (rows, columns)
     block_size, quant_type = chance.choice(BLOCK_SIZES), chance.choice(("nf4", "fp4"))
     nested, storage, dtype = chance.random() < 0.5, chance.choice(STORAGE_DTYPES), chance.choice(dtypes)
-    num_bytes = (rows * columns + 1) // 2
+    return case_of(shape, block_size, quant_type, nested, storage, dtype, chance.getrandbits(32))
+
+
+def case_of(
+    shape: tuple[int, int],
+    block_size: int,
+    quant_type: str,
+    nested: bool,
+    storage: torch.dtype,
+    dtype: torch.dtype,
+    seed: int,
+) -> Case:
+    """One weight of these kinds; bytes that its storage dtype cannot hold whole are stored as bytes."""
+    num_bytes = (shape[0] * shape[1] + 1) // 2
     if num_bytes == 1 or num_bytes % storage.itemsize:
         storage = torch.uint8
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(chance.getrandbits(32)))
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     packed, state = functional.quantize_4bit(
         weight, blocksize=block_size, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
     )
@@ -69,14 +89,16 @@ def random_case(chance: random.Random, dtypes, largest: int) -> Case:
         bnb_quantized=True,
     )
     layout, data, statistics = describe_weight(parameter)
-    return Case(shape, block_size, quant_type, nested, storage, dtype, packed, state, layout, data, statistics)
+    kinds = (shape, block_size, quant_type, nested, storage, dtype)
+    return Case(*kinds, packed, state, parameter, layout, data, statistics)
 
 
-def expected(case: Case) -> torch.Tensor:
+def expected(case: Case, scales: Callable[[torch.Tensor], torch.Tensor] = lambda absmax: absmax) -> torch.Tensor:
     """bitsandbytes' decode of the flattened matrix: its CPU kernel is wrong where blocks straddle rows (0.50.2)."""
     absmax = case.state.absmax
     if case.nested:
         absmax = functional.dequantize_blockwise(absmax, case.state.state2) + case.state.offset
+    absmax = scales(absmax)
     flat = (1, case.state.shape.numel())
     packed = case.packed.view(torch.uint8)
     out = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, case.block_size, case.quant_type, flat, case.dtype)
@@ -85,6 +107,79 @@ def expected(case: Case) -> torch.Tensor:
 
 def assert_equal(out: torch.Tensor, case: Case) -> None:
     assert torch.equal(out, expected(case)), case.settings()
+
+
+def saved_and_loaded(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """As transformers writes a 4-bit layer to safetensors and reads it again."""
+    state = {name: tensor.contiguous() for name, tensor in parameter.quant_state.as_dict(packed=True).items()}
+    loaded = safetensors.torch.load(safetensors.torch.save({"weight": parameter.data, **state}))
+    return bitsandbytes.nn.Params4bit.from_prequantized(loaded.pop("weight"), loaded, device="cpu")
+
+
+def pickled(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    buffer = io.BytesIO()
+    torch.save(parameter, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def moved(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    if torch.cuda.is_available():
+        parameter = parameter.to("cuda")
+        assert describe_weight(parameter)[1].is_cuda
+    return parameter.to("cpu")
+
+
+def repacked_for_a_cpu(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """As bitsandbytes leaves a weight that it evaluated on a CPU with AVX-512: in another layout, scales rounded."""
+    again = copy.deepcopy(parameter)
+    again.data, again.quant_state = functional._convert_weight_packed_for_cpu(again.data, again.quant_state)
+    return again
+
+
+TRANSPORTS = (saved_and_loaded, pickled, moved, copy.deepcopy)
+
+
+def test_what_was_saved_moved_or_copied_decodes_to_the_same_on_thousands_of_formats():
+    chance = random.Random(3)
+    for number in range(2000):
+        case = random_case(chance, (torch.bfloat16, torch.float16, torch.float32), 10_000)
+        transport = TRANSPORTS[number % len(TRANSPORTS)]
+        again = describe_weight(transport(case.parameter))
+        assert again[0].blocksize == case.block_size and again[1].dtype == case.storage, case.settings()
+        assert torch.equal(decode(*again, case.dtype), expected(case)), (transport, case.settings())
+
+
+def test_weights_that_bitsandbytes_repacked_decode_to_its_own_values_with_rounded_scales():
+    chance = random.Random(4)
+    for quant_type, nested, storage in itertools.product(("nf4", "fp4"), (True, False), STORAGE_DTYPES):
+        for block_size in BLOCK_SIZES:
+            shape = 32 * chance.randint(1, 3), block_size * chance.randint(1, 3)
+            case = case_of(shape, block_size, quant_type, nested, storage, torch.float32, chance.getrandbits(32))
+            again = describe_weight(repacked_for_a_cpu(case.parameter))
+            assert torch.equal(
+                decode(*again, torch.float32), expected(case, lambda absmax: absmax.bfloat16().float())
+            ), case.settings()
+
+
+def test_the_random_formats_cover_every_kind():
+    """What the tests here draw, counted by the same generator that the largest of them starts from."""
+    chance, seen = random.Random(0), Counter()
+    for _ in range(3000):
+        case = random_case(chance, (torch.bfloat16, torch.float16, torch.float32), 30_000)
+        rows, columns = case.shape
+        seen[case.quant_type, case.nested, case.block_size] += 1
+        seen[case.storage] += 1
+        seen["odd K"] += columns % 2
+        seen["odd N"] += rows % 2
+        seen["odd N * K"] += rows * columns % 2
+        seen["blocks straddle rows"] += rows > 1 and columns % case.block_size != 0
+        seen["the last block is partial"] += rows * columns % case.block_size != 0
+        seen["one block is all"] += rows * columns <= case.block_size
+    kinds = itertools.product(("nf4", "fp4"), (True, False), BLOCK_SIZES)
+    assert all(seen[kind] >= 50 for kind in kinds) and all(seen[storage] >= 100 for storage in STORAGE_DTYPES)
+    named = [name for name in seen if isinstance(name, str)]
+    assert len(named) == 6 and all(seen[name] >= 300 for name in named), {name: seen[name] for name in named}
 
 
 def test_pytorch_decode_equals_bitsandbytes_on_thousands_of_formats():

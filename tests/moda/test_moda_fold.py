@@ -157,6 +157,23 @@ def test_on_a_cpu_many_rows_are_folded_and_few_are_not() -> None:
         assert evaluation_way(torch.zeros(4096, 256, dtype=dtype), layout, "torch", False).what == "fold"
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_layer_folds_by_itself_where_that_pays_and_keeps_nothing(
+    dtype: torch.dtype, quantised: bool, calls: list[str]
+) -> None:
+    one = layer(64, 128, quantised=quantised, dtype=dtype)
+    x = torch.randn(500, 128).to(dtype)
+    expected = one(x, 1)
+    with torch.no_grad(), modality("text"):
+        y = one(x)
+    assert calls == ["folded_output"] and one.folded.by_modality == {}
+    assert ((y.double() - expected.double()).abs() <= difference_bound(one, x, 1)).all()
+    with torch.no_grad(), modality([1] * 500):
+        one(x)
+    assert calls == ["folded_output"]
+
+
 def test_where_kernels_decode_few_rows_are_multiplied_directly_and_others_folded() -> None:
     packed = WeightLayout(256, 256, 1, 64)
     for rows, way in ((1, "small product"), (64, "small product"), (65, "fold")):
@@ -189,6 +206,7 @@ def test_triton_agrees_to_the_bound(
 def test_the_cuda_library_is_given_what_it_asks_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     one = layer(64, 128, quantised=True, dtype=torch.bfloat16)
     x = torch.randn(rows, 128).bfloat16()
+    one.keep_repacked = False
     called = []
 
     def decode_fold(layout, data, statistics, lora_A, lora_B, gates, scaling, out):
@@ -196,7 +214,8 @@ def test_the_cuda_library_is_given_what_it_asks_for(rows: int, monkeypatch: pyte
         update = scaling * (lora_B * gates.repeat_interleave(2)) @ lora_A
         return out.copy_(decode(layout, data, statistics, torch.float32) + update)
 
-    def linear(x, layout, data, statistics, bias, hidden, lora_B, gates, scaling):
+    def linear(x, layout, data, statistics, bias, hidden, lora_B, gates, scaling, splits):
+        assert splits == 0
         called.append("linear")
         hidden = hidden * scaling * gates.repeat_interleave(2)
         y = x.float() @ decode(layout, data, statistics, torch.float32).t() + bias.float() + hidden @ lora_B.t()
@@ -228,8 +247,10 @@ def test_bitsandbytes_own_product_agrees_to_the_bound(
     expected = one(x, 1)
     one.backend = backend
     with monkeypatch.context() as patched:
-        # On a CPU it is not among the ways: there bitsandbytes is fast in a layout of its own only.
-        patched.setattr(fold_regimes, "bitsandbytes_multiplies", lambda x, layout: True)
+        # On a CPU it is not among the ways of a weight as it is, only of a repacked copy.
+        one.keep_repacked = False
+        patched.setattr(fold_regimes, "bitsandbytes_multiplies", lambda device, dtype, layout: True)
+        patched.setattr(fold_regimes, "way_of", fold_regimes.way_of.__wrapped__)
         called = []
         real = moda_evaluate.bitsandbytes_output
         patched.setattr(moda_evaluate, "bitsandbytes_output", lambda *a: (called.append(a), real(*a))[1])
@@ -357,6 +378,65 @@ def test_a_kept_weight_is_never_stale(change: Callable[[MoDALinear], object]) ->
     one.cache_folded = False
     assert not torch.equal(after, before)
     assert torch.equal(after, evaluate(one, x))
+
+
+def codes_in_place(one: MoDALinear) -> None:
+    with torch.no_grad():
+        one.weight.bitwise_not_()
+
+
+def other_4bit_layer(one: MoDALinear) -> None:
+    one.base_layer = layer(24, 16, quantised=True).base_layer
+    codes_in_place(one)
+
+
+def load_adapter_state(one: MoDALinear) -> None:
+    adapter = {name: value + 0.1 for name, value in one.state_dict().items() if "base_layer" not in name}
+    one.load_state_dict(adapter, strict=False)
+
+
+CHANGES_OF_4BIT = {
+    **CHANGES,
+    "base weight in place": codes_in_place,
+    "load_state_dict": load_adapter_state,
+    "other base layer": other_4bit_layer,
+}
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("change", CHANGES_OF_4BIT.values(), ids=CHANGES_OF_4BIT.keys())
+def test_a_4bit_layer_is_never_stale_kept_or_not(change: Callable[[MoDALinear], object], keeps: bool) -> None:
+    one = layer(24, 16, quantised=True, cache_folded=keeps)
+    x = torch.randn(50, 16)
+    before = evaluate(one, x)
+    assert bool(one.folded.by_modality) == keeps
+    change(one)
+    after = evaluate(one, x)
+    assert not torch.equal(after, before)
+    assert ((after.double() - one(x, 1).double()).abs() <= difference_bound(one, x, 1)).all()
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_training_after_folding_is_exactly_as_without_it(keeps: bool, quantised: bool) -> None:
+    results = []
+    for folds in (False, True):
+        one = layer(24, 16, quantised=quantised, lora_dropout=0.1, cache_folded=keeps)
+        x, frozen = torch.randn(50, 16), one.weight.data.clone()
+        optimizer = torch.optim.AdamW(one.adapter_tensors(), lr=0.01)
+        for step in range(3):
+            if folds:
+                evaluate(one.eval(), x)
+                assert bool(one.folded.by_modality) == keeps
+            torch.manual_seed(step)
+            one.train()(x, 0).square().mean().backward()
+            assert one.folded.by_modality == {}
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(one.weight.data, frozen)
+        results.append([*(tensor.detach() for tensor in one.adapter_tensors()), evaluate(one.eval(), x)])
+    for without, with_ in zip(*results, strict=True):
+        assert torch.equal(without, with_)
 
 
 @pytest.mark.parametrize("event", ["train", "gradients", "device", "copy"])

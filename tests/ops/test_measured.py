@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sda_fast.ops import measured
+from sda_fast.ops import measured, repacked
 from sda_fast.ops.fold_regimes import Way, evaluation_way, possible_ways
 from sda_fast.ops.measured import chip_name, document_of, fastest, table_path
 from sda_fast.ops.quantized import WeightLayout
@@ -125,6 +125,34 @@ def test_evaluation_asks_the_table_and_falls_back_to_the_rule(user_tables: Path)
     # What was measured is what backend="auto" runs, here PyTorch.
     assert evaluation_way(x, layout, "triton", False) == Way("unfold")
     assert evaluation_way(x, WeightLayout(512, 512, 1, 64), "torch", False) == Way("unfold")
+
+
+def test_a_table_from_before_bitsandbytes_product_does_not_speak_against_it(user_tables: Path, monkeypatch) -> None:
+    monkeypatch.setattr(repacked, "product_exists", lambda: True)
+    layout = WeightLayout(512, 512, 1, 64)
+
+    def ways(*rows: int) -> list[str]:
+        x = [torch.zeros(M, 512, dtype=torch.bfloat16) for M in rows]
+        return [evaluation_way(part, layout, "torch", False, may_repack=True).what for part in x]
+
+    of_weight = {"dtype": "bfloat16", "weight": "nf4"}
+    assert ways(0, 1, 16, 17, 4000) == ["unfold", "bitsandbytes", "bitsandbytes", "unfold", "fold"]
+    write(user_tables, *(record(M, 512, 512, fold=1, unfold=2, **of_weight) for M in (1, 64)))
+    assert ways(1, 16, 17, 64) == ["bitsandbytes", "bitsandbytes", "fold", "fold"]
+    newer = [record(M, 512, 512, fold=2, unfold=3, **of_weight) for M in (1, 4, 32)]
+    for line, time in zip(newer, (1, 9, 1), strict=True):
+        line["microseconds"]["bitsandbytes"] = time
+    write(user_tables, *newer)
+    assert ways(1, 4, 32) == ["bitsandbytes", "fold", "bitsandbytes"]
+    # Only a layer can keep the copy.
+    assert evaluation_way(torch.zeros(1, 512, dtype=torch.bfloat16), layout, "torch", False).what == "fold"
+
+
+def test_only_the_very_layer_counts_where_that_is_asked_for(user_tables: Path) -> None:
+    write(user_tables, record(4, 512, 512, fold=1, unfold=2))
+    assert ask(9, 512, 512, same_layer=True) == ask(9, 512, 500) == FOLD
+    assert ask(9, 512, 500, same_layer=True) is None
+    assert ask(9, 512, 512, must_have="fold") == FOLD and ask(9, 512, 512, must_have="another") is None
 
 
 def test_possible_ways_depend_on_rows_weight_and_library() -> None:

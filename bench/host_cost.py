@@ -1,0 +1,175 @@
+"""Time what the host does for one layer in evaluation on a GPU, every launch replaced by nothing; it needs no GPU.
+
+    python bench/host_cost.py [--other CHECKOUT] [--out bench/results/host-cost.json]
+
+With --other the same is measured of another checkout, in processes that take turns. What the launches themselves cost
+(Triton's launcher, cuBLAS) is not in it, nor is waiting for the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ["SDA_FAST_TUNED"] = ""
+
+import torch
+
+N, K, RANK, EXPERTS, MULTIPROCESSORS = 3584, 3584, 8, 8, 132
+CALLS, ROUNDS = 400, 9
+WEIGHT = (
+    "Tensor packed, Tensor code, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, Tensor? offset, "
+    "int block_size, int nested_block_size"
+)
+OPERATIONS = (
+    f"decode_4bit({WEIGHT}, Tensor(a!) out) -> ()",
+    f"decode_fold_4bit({WEIGHT}, Tensor A, Tensor B, Tensor gates, float scaling, Tensor(a!) out) -> ()",
+    f"linear_4bit(Tensor x, {WEIGHT}, Tensor? bias, Tensor? hidden, Tensor? B, Tensor? gates, float scaling, "
+    "float multiplier, Tensor(a!) out, int splits) -> ()",
+    "moda_gates(Tensor gate_embedding, Tensor gate_proj, int modality, Tensor(a!) out) -> ()",
+)
+# By name: rows, what is computed, and whether by the CUDA library.
+WAYS = {
+    "small product in Triton, M=1": (1, "small product", False),
+    "small product by the library, M=1": (1, "small product", True),
+    "fold in Triton, M=256": (256, "fold", False),
+    "fold by the library, M=256": (256, "fold", True),
+}
+
+
+class NoLaunch:
+    """Stands for a Triton kernel."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments, **constants: None
+
+
+def replace_launches() -> None:
+    """Kernels, the library's operations and the GEMM after a fold do nothing; the device seems to be a GPU's size."""
+    from sda_fast.kernels import configs, moda_forward, nf4, nf4_linear
+    from sda_fast.ops import cuda_library, moda_evaluate, moda_linear
+
+    for module, kernel in (
+        (moda_forward, "project_kernel"),
+        (nf4, "decode_kernel"),
+        (nf4_linear, "small_product_kernel"),
+        (nf4_linear, "finish_product_kernel"),
+    ):
+        setattr(module, kernel, NoLaunch())
+    for module in (configs, moda_forward, nf4_linear):
+        module.programs_wanted = lambda device: 2 * MULTIPROCESSORS  # type: ignore[attr-defined]
+    library = torch.library.Library("sda_fast_cuda", "DEF")
+    for schema in OPERATIONS:
+        library.define(schema)
+        library.impl(schema.split("(")[0], lambda *arguments: None, "CPU")
+    replace_launches.library = library  # type: ignore[attr-defined]
+    cuda_library.is_available = lambda device="cuda": True
+    moda_linear.resolve_backend = lambda backend, x: "triton"  # type: ignore[attr-defined]
+    made: dict[Any, torch.Tensor] = {}
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: object = None) -> torch.Tensor:
+        return made.setdefault((x.shape, weight.shape), x.new_empty(x.shape[0], weight.shape[0]))
+
+    moda_evaluate.torch = Namespace(torch, nn=Namespace(torch.nn, functional=Namespace(None, linear=linear)))  # type: ignore[attr-defined]
+
+
+class Namespace:
+    """A module with some names replaced."""
+
+    def __init__(self, original: Any, **replaced: Any) -> None:
+        self.original = original
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+
+def microseconds() -> dict[str, float]:
+    """Median processor time of one call, by way."""
+    from bitsandbytes.nn import Linear4bit
+
+    from sda_fast import MoDALinear, modality
+    from sda_fast.ops.fold_regimes import forced_evaluation
+
+    torch.set_num_threads(1)
+    replace_launches()
+    base = Linear4bit(K, N, bias=False, compute_dtype=torch.float16, quant_type="nf4").to("cpu")
+    layer = MoDALinear(base, r=RANK, num_experts=EXPERTS).eval()
+    found = {}
+    for name, (rows, what, by_library) in WAYS.items():
+        # Half precision: the small product by the library asks for 16 bits, and bfloat16 has a way of its own on a CPU.
+        x = torch.zeros(rows, K, dtype=torch.float16)
+        with torch.no_grad(), modality("text"), forced_evaluation(what, by_library=by_library):
+            for _ in range(20):
+                layer(x)
+            times = []
+            for _ in range(CALLS):
+                started = time.thread_time()
+                layer(x)
+                times.append(time.thread_time() - started)
+        found[name] = 1e6 * median(times)
+    return found
+
+
+def in_process(checkout: Path) -> dict[str, float]:
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--other", type=Path, help="another checkout, measured in turns")
+    parser.add_argument("--out", type=Path, help="write the times here as JSON")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(microseconds()))
+        return
+    checkouts = {"this": Path(__file__).resolve().parents[1]}
+    if arguments.other:
+        checkouts["other"] = arguments.other.resolve()
+    rounds = [{name: in_process(path) for name, path in checkouts.items()} for _ in range(ROUNDS)]
+    records = []
+    for way in WAYS:
+        lowest = {name: round(min(found[name][way] for found in rounds), 1) for name in checkouts}
+        record: dict[str, Any] = {"way": way, "microseconds": lowest}
+        if arguments.other:
+            record["this / other"] = round(median(found["this"][way] / found["other"][way] for found in rounds), 3)
+        records.append(record)
+        print(record)
+    if arguments.out:
+        write(arguments.out, records, checkouts)
+
+
+def write(out: Path, records: list[dict[str, Any]], checkouts: dict[str, Path]) -> None:
+    from layers import device_name, versions
+
+    revision = ["git", "rev-parse", "--short", "HEAD"]
+    document = {
+        "device": device_name(torch.device("cpu")),
+        "versions": versions(),
+        "command": "python bench/host_cost.py" + " --other CHECKOUT" * (len(checkouts) > 1),
+        "revisions": {
+            name: subprocess.run(revision, cwd=path, capture_output=True, text=True).stdout.strip()
+            for name, path in checkouts.items()
+        },
+        "problem": {"N": N, "K": K, "r": RANK, "experts": EXPERTS, "weight": "nf4, nested"},
+        "timer": f"processor time of a call, median of {CALLS} calls, the lowest of {ROUNDS} processes that took "
+        "turns; the ratio is the median of theirs; launches replaced by nothing",
+        "records": records,
+    }
+    out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
