@@ -49,6 +49,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, beta: int = 1, al
         total: [m, n] float32, rows at any distance.
         left, right: [m, k] and [k, n], one dtype.
     """
+    library_product(total, left, right, beta, alpha)
+
+
+def library_product(total: Tensor, left: Tensor, right: Tensor, beta: int, alpha: float) -> None:
+    """`add_product` by one call of the matrix library; the planner puts a count in its place."""
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total)
     elif not left.is_cuda:
@@ -62,10 +67,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, beta: int = 1, al
 def side_by_side(x: Tensor, y: Tensor) -> Tensor | None:
     """[B, 2D] view of [x_i, y_i] if each such pair is one piece of memory, as in pairs[0::2] and pairs[1::2]."""
     items, dimensions = x.shape
-    adjacent = y.data_ptr() == x.data_ptr() + dimensions * x.element_size()
-    if not adjacent or x.stride() != y.stride() or x.stride(1) != 1 or x.stride(0) < 2 * dimensions:
+    if x.stride() != y.stride() or x.stride(1) != 1 or x.stride(0) < 2 * dimensions:
         return None
-    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+    # not by addresses, which fake tensors do not have
+    one_storage = x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    if not one_storage or y.storage_offset() != x.storage_offset() + dimensions:
         return None
     return x.as_strided((items, 2 * dimensions), (x.stride(0), 1))
 

@@ -30,6 +30,7 @@ DEVICE_OF: Any = torch.ops.prim.device.default
 
 PARTS = ("weights", "adapters", "optimizer", "gradients", "inputs", "activations", "workspaces", "temporary")
 HOST = "host"
+PRODUCT, TRITON, OTHER = "products", "Triton kernels", "other operations"
 # The allocator of PyTorch on CUDA hands out multiples of this.
 ALLOCATION_BYTES = 512
 MOST_KNOWN_ELEMENTS = 1 << 22
@@ -43,6 +44,8 @@ class Ledger(TorchDispatchMode):
         live: part -> bytes now; parts of PARTS, and HOST for what is in main memory and does not count.
         peak, peak_parts: the largest sum of all parts but HOST so far, and its parts.
         seconds, flops: section -> work, where `section` is what the caller says is going on.
+        launches: how often something was started: PRODUCT by the matrix library, TRITON kernels, OTHER operations of
+            PyTorch, which may start several kernels each.
         kernels: operation -> a function to run in its place, whose own allocations then count.
     """
 
@@ -65,6 +68,7 @@ class Ledger(TorchDispatchMode):
         self.section = ""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.flops: defaultdict[str, float] = defaultdict(float)
+        self.launches: Counter[str] = Counter()
         self._total = 0
         self._part_of_new = "temporary"
         self._storages: dict[int, tuple[int, str]] = {}
@@ -157,6 +161,8 @@ class Ledger(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], out: Any) -> None:
         formula: Any = flop_registry.get(func._overloadpacket) or ATTENTION_FLOPS.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
+        if not func._schema.name.startswith(UNINITIALISED):
+            self.launches[PRODUCT if flops else OTHER] += 1
         written = [tensor for tensor in outputs if not any(tensor is one for one in inputs)]
         self.work(flops, sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *written)))
 
