@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from sda_fast.kernels.cmsa_device import BITS_PER_NAT
+from sda_fast.kernels.configs import cdiv
 
 BLOCK_PARTS, BLOCK_ITEMS, NUM_WARPS = 16, 32, 4
 
@@ -115,7 +116,7 @@ def merge_statistics(
         temperature: one float32 on the same device.
     """
     length = parts.shape[2]
-    merge_statistics_kernel[(triton.cdiv(length, BLOCK_ITEMS),)](
+    merge_statistics_kernel[(cdiv(length, BLOCK_ITEMS),)](
         parts,
         temperature,
         running,

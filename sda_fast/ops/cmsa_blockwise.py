@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sda_fast.ops.cmsa_sums import GradientSums, Totals, add_products
+from sda_fast.ops.cmsa_sums import GradientSums, RowSums
 from sda_fast.ops.cmsa_tiles import (
     NATS_PER_BIT,
     Form,
@@ -45,7 +45,12 @@ class Tiles(Protocol):
     @property
     def temperature(self) -> float | Tensor: ...
 
+    @property
+    def completes_rows(self) -> bool: ...
+
     def columns_per_visit(self) -> int: ...
+
+    def rows_per_gradient(self) -> int: ...
 
     def add_statistics(self, running: Tensor, rows: Span, columns: Span, two_sided: bool) -> None: ...
 
@@ -62,6 +67,8 @@ class Tiles(Protocol):
     def accumulate(self, total: Tensor, tile: Tensor, embeddings: Tensor, factor: float) -> None: ...
 
     def sums(self, needs_x: bool, needs_y: bool) -> GradientSums: ...
+
+    def row_sums(self, items: int, needs_x: bool, needs_y: bool) -> RowSums: ...
 
 
 class Gradients(NamedTuple):
@@ -178,13 +185,12 @@ def blockwise_backward(
         results = whole.rounded(scale, x.dtype)
     else:
         results = [x.new_empty(count, x.shape[1]) if needed else None for needed in (needs_x, needs_y)]
-        for own in row_blocks(rows, tiles.block_size):
-            block = Totals.zero(x, own[1] - own[0], scale.dtype, (needs_x, needs_y))
+        for own in row_blocks(rows, tiles.rows_per_gradient()):
+            sums = tiles.row_sums(own[1] - own[0], needs_x, needs_y)
             for columns, two_sided in visits(tiles, own, symmetric):
                 tile = tiles.gradients(own, columns, statistics, through_teacher, two_sided)
                 temperature += tile.temperature
-                add_products(tiles, tile, block, columns)
-            for result, finished in zip(results, block.rounded(scale, x.dtype), strict=True):
-                if result is not None and finished is not None:
-                    result[own[0] - rows[0] : own[1] - rows[0]] = finished
+                sums.add(tile, columns)
+            place = slice(own[0] - rows[0], own[1] - rows[0])
+            sums.write([None if result is None else result[place] for result in results], scale)
     return Gradients(results[0], results[1], temperature.to(scale.dtype) * scale / tiles.temperature)

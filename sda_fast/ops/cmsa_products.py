@@ -17,6 +17,8 @@ from torch import Tensor
 Products = Literal["in kernel", "library"]
 # From this many dimensions on the library's rate outweighs the products' way through memory. Not measured: a guess.
 LIBRARY_DIMENSIONS = 256
+# From so many items on S of items against themselves is formed in four strips in place of two.
+LARGE_BLOCK = 4096
 
 _forced: ContextVar[Products | None] = ContextVar("sda_fast_cmsa_products", default=None)
 
@@ -82,12 +84,13 @@ def write_teacher(out: Tensor, sides: tuple[Tensor, ...], rows: slice, columns: 
         add_product(out, side[rows], side[columns].T, beta=beta)
 
 
-def write_symmetric_teacher(out: Tensor, sides: tuple[Tensor, ...], start: int) -> None:
-    """`write_teacher` of items against themselves: three quarters of it, and a copy."""
+def write_symmetric_teacher(out: Tensor, sides: tuple[Tensor, ...]) -> None:
+    """`write_teacher` of all items against themselves: three quarters of it, of many five eighths, and a copy."""
     items = len(out)
-    half = items // 2 // 64 * 64
-    stop = start + items
-    write_teacher(out[half:, half:], sides, slice(start + half, stop), slice(start + half, stop))
-    if half:
-        write_teacher(out[:half], sides, slice(start, start + half), slice(start, stop))
-        out[half:, :half].copy_(out[:half, half:].T)
+    strips = 4 if items >= LARGE_BLOCK else 2
+    strip = max(64, items // strips // 64 * 64)
+    starts = [*range(0, items, strip)][:strips]
+    for number, start in enumerate(starts):
+        stop = starts[number + 1] if number + 1 < len(starts) else items
+        write_teacher(out[start:stop, start:], sides, slice(start, stop), slice(start, items))
+        out[stop:, start:stop].copy_(out[start:stop, stop:].T)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sda_fast.ops.cmsa_sums import WholeSums
+from sda_fast.ops.cmsa_sums import PlainRowSums, WholeSums
 
 Span = tuple[int, int]
 NATS_PER_BIT = math.log(2)
@@ -193,6 +193,14 @@ class TorchTiles:
     def columns_per_visit(self) -> int:
         return self.block_size
 
+    @property
+    def completes_rows(self) -> bool:
+        """Whether backward is cheapest as strips of rows against all items."""
+        return False
+
+    def rows_per_gradient(self) -> int:
+        return self.block_size
+
     def operand(self, embeddings: Tensor, span: Span) -> Tensor:
         """The vectors of the items in `span`, in the dtype of the gradient tiles."""
         return embeddings[span[0] : span[1]].to(self.dtype)
@@ -204,6 +212,10 @@ class TorchTiles:
     def sums(self, needs_x: bool, needs_y: bool) -> WholeSums:
         """Sums of the vectors' gradients for a symmetric sweep."""
         return WholeSums(self, self.dtype, (needs_x, needs_y))
+
+    def row_sums(self, items: int, needs_x: bool, needs_y: bool) -> PlainRowSums:
+        """Sums of the gradients of a range of items."""
+        return PlainRowSums(self, items, self.dtype, (needs_x, needs_y))
 
     def _buffer(self, number: int, rows: Span, columns: Span) -> Tensor:
         height, width = rows[1] - rows[0], columns[1] - columns[0]

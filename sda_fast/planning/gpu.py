@@ -89,7 +89,8 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
         stack.enter_context(replaced(moda_triton, "decoded", decoded))
         stack.enter_context(replaced(moda_linear, "resolve_backend", triton_chosen))
         stack.enter_context(replaced(cmsa, "resolve_backend", way_of_loss))
-        stack.enter_context(replaced(cmsa, "default_workspace", lambda embeddings: cmsa.GPU_WORKSPACE_BYTES))
+        stack.enter_context(replaced(cmsa, "default_workspace", cmsa.gpu_workspace))
+        stack.enter_context(replaced(cmsa, "multiprocessors_of", lambda embeddings: card.multiprocessors))
         stack.enter_context(replaced(cmsa_products, "library_product", product))
         for module in (moda_forward, moda_backward):
             stack.enter_context(replaced(module, "programs_wanted", programs_wanted))
