@@ -24,17 +24,15 @@ class Products(NamedTuple):
 
     Attributes:
         logits: x_i y_j, columns adjacent.
-        transposed: y_i x_j, any strides; with `halves` of the scaled x - y.
-        teacher: x_i x_j + y_i y_j, at the same distance of rows as `logits`; with `scales` and without `halves` the
-            products of the scaled x + y and x - y, added up; with `halves` those of x + y alone.
-        scales: [B], by which `cmsa_halves` has divided the items' x + y and x - y.
+        transposed: y_i x_j, any strides; with `halves` the products of the scaled x - y.
+        teacher: x_i x_j + y_i y_j, at the same distance of rows as `logits`; with `halves` those of the scaled x + y.
+        halves: [B, 3] from `cmsa_halves.described`.
     """
 
     logits: torch.Tensor | None
     transposed: torch.Tensor | None
     teacher: torch.Tensor | None
-    scales: torch.Tensor | None = None
-    halves: bool = False
+    halves: torch.Tensor | None = None
 
     def strides(self) -> tuple[int, int, int]:
         rows = next(one for one in (self.logits, self.teacher) if one is not None).stride(0)
@@ -90,7 +88,7 @@ def _launch(
         given, vectors, sizes, strides = products, (None, None), (1,) * 5, products.strides()
     kernel[_grid(config, rows, columns)](
         *vectors,
-        *given[:4],
+        *given,
         *pointers,
         *counts,
         rows[0],
@@ -101,7 +99,6 @@ def _launch(
         *strides,
         **options,
         PRODUCTS_GIVEN=products is not None,
-        HALVES=given.halves,
         BLOCK_ROWS=config.block_rows,
         BLOCK_COLUMNS=config.block_columns,
         BLOCK_D=config.block_d,

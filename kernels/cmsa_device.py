@@ -45,7 +45,7 @@ def given_tiles(
     logits_ptr,
     transposed_ptr,
     teacher_ptr,
-    scales_ptr,
+    halves_ptr,
     stride_product,
     stride_transposed_row,
     stride_transposed_column,
@@ -57,14 +57,13 @@ def given_tiles(
     column_mask,
     WITH_LOGITS: tl.constexpr,
     WITH_TEACHER: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """What `product_tiles` gives, from memory.
 
-    With `scales_ptr` teacher_ptr has products of the scaled sums and differences x + y and x - y, see `cmsa_halves`:
-    with HALVES of the sums, and transposed_ptr those of the differences; otherwise both added up.
+    With `halves_ptr` they come from products of scaled sums and differences, see `cmsa_halves`: teacher_ptr has those
+    of x + y and transposed_ptr those of x - y.
     """
     logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     transposed_logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
@@ -74,19 +73,25 @@ def given_tiles(
     mask = row_mask[:, None] & column_mask[None, :]
     if WITH_LOGITS:
         logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
-    if WITH_LOGITS or HALVES:
+    if WITH_LOGITS or halves_ptr is not None:
         places = lines * stride_transposed_row + local_columns.to(tl.int64)[None, :] * stride_transposed_column
         transposed_logits = tl.load(transposed_ptr + places, mask=mask, other=0.0)
     if WITH_TEACHER:
         teacher = tl.load(teacher_ptr + offsets, mask=mask, other=0.0)
-        if scales_ptr is not None:
-            row_scales = 0.5 * tl.load(scales_ptr + rows, mask=row_mask, other=0.0)[:, None]
-            column_scales = tl.load(scales_ptr + columns, mask=column_mask, other=0.0)[None, :]
-            teacher = teacher * row_scales * column_scales
-            if HALVES:
-                of_differences = transposed_logits * row_scales * column_scales
-                transposed_logits = (teacher - of_differences) - logits
-                teacher += of_differences
+        if halves_ptr is not None:
+            row_ptrs = halves_ptr + 3 * rows
+            column_ptrs = halves_ptr + 3 * columns
+            row_scales = 0.5 * tl.load(row_ptrs, mask=row_mask, other=0.0)[:, None]
+            column_scales = tl.load(column_ptrs, mask=column_mask, other=0.0)[None, :]
+            of_sums = teacher * row_scales * column_scales
+            of_differences = transposed_logits * row_scales * column_scales
+            row_excess = tl.load(row_ptrs + 1, mask=row_mask, other=0.0)[:, None]
+            column_excess = tl.load(column_ptrs + 1, mask=column_mask, other=0.0)[None, :]
+            teacher = (of_sums + of_differences) - (row_excess + column_excess)
+            if WITH_LOGITS:
+                row_excess = tl.load(row_ptrs + 2, mask=row_mask, other=0.0)[:, None]
+                column_excess = tl.load(column_ptrs + 2, mask=column_mask, other=0.0)[None, :]
+                transposed_logits = ((of_sums - of_differences) - (row_excess + column_excess)) - logits
     return logits, transposed_logits, teacher
 
 
@@ -191,7 +196,7 @@ def statistics_kernel(
     logits_ptr,
     transposed_ptr,
     teacher_ptr,
-    scales_ptr,
+    halves_ptr,
     temperature_ptr,
     for_rows_ptr,
     for_columns_ptr,
@@ -211,7 +216,6 @@ def statistics_kernel(
     ROW_NORMALIZED: tl.constexpr,
     TWO_SIDED: tl.constexpr,
     PRODUCTS_GIVEN: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -223,7 +227,7 @@ def statistics_kernel(
             logits_ptr,
             transposed_ptr,
             teacher_ptr,
-            scales_ptr,
+            halves_ptr,
             stride_product,
             stride_transposed_row,
             stride_transposed_column,
@@ -235,7 +239,6 @@ def statistics_kernel(
             column_mask,
             True,
             SOFT,
-            HALVES,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
         )
@@ -314,7 +317,7 @@ def target_sums_kernel(
     logits_ptr,
     transposed_ptr,
     teacher_ptr,
-    scales_ptr,
+    halves_ptr,
     temperature_ptr,
     vectors_ptr,
     for_rows_ptr,
@@ -334,7 +337,6 @@ def target_sums_kernel(
     stride_transposed_column,
     TWO_SIDED: tl.constexpr,
     PRODUCTS_GIVEN: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -346,7 +348,7 @@ def target_sums_kernel(
             logits_ptr,
             transposed_ptr,
             teacher_ptr,
-            scales_ptr,
+            halves_ptr,
             stride_product,
             stride_transposed_row,
             stride_transposed_column,
@@ -358,7 +360,6 @@ def target_sums_kernel(
             column_mask,
             False,
             True,
-            HALVES,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
         )
@@ -411,7 +412,7 @@ def gradients_kernel(
     logits_ptr,
     transposed_ptr,
     teacher_ptr,
-    scales_ptr,
+    halves_ptr,
     temperature_ptr,
     statistics_ptr,
     logits_gradient_ptr,
@@ -437,7 +438,6 @@ def gradients_kernel(
     TEACHER_ADDED: tl.constexpr,
     TWO_SIDED: tl.constexpr,
     PRODUCTS_GIVEN: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -449,7 +449,7 @@ def gradients_kernel(
             logits_ptr,
             transposed_ptr,
             teacher_ptr,
-            scales_ptr,
+            halves_ptr,
             stride_product,
             stride_transposed_row,
             stride_transposed_column,
@@ -461,7 +461,6 @@ def gradients_kernel(
             column_mask,
             True,
             SOFT,
-            HALVES,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
         )

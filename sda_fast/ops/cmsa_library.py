@@ -14,7 +14,8 @@ The floor holds no recomputation: to keep S alone in float32 would take 8 GB at 
 
 By halves (`cmsa_halves`): L_ij, L_ji and S_ij of a pair of blocks come from three products in place of four. That
 rounds x + y and x - y to float16, which for bfloat16 vectors costs a tenth or less of what rounding scores to bfloat16
-does; for float16 vectors it would cost as much as rounding scores to float16, so they take four.
+does; for float16 vectors it would cost as much as rounding scores to float16, so they take four. A block against itself
+takes x and y as they are.
 
 Six gradient products: with A = tau/2 (dS + dS^T), dX = A X + dL Y and dY = dL^T X + A Y share A (X - Y),
 
@@ -59,7 +60,7 @@ class LibraryTiles(TritonTiles):
         self._strip = cut.strip if whole else 0
         self._memory: Tensor | None = None
         self._room: Tensor | None = None
-        self._scales: Tensor | None = None
+        self._described: Tensor | None = None
         self._halves_of: dict[int, Span] = {}
         self._differences: tuple[Span, Tensor] | None = None
         pairs = side_by_side(x, y)
@@ -116,8 +117,7 @@ class LibraryTiles(TritonTiles):
             first if logits else None,
             transposed if logits or halves else None,
             teacher,
-            self._scales if self.use_halves else None,
-            halves,
+            self.described() if halves else None,
         )
 
     def _of_one_block(self, rows: Span, columns: Span, first_time: bool) -> Products:
@@ -145,8 +145,7 @@ class LibraryTiles(TritonTiles):
             add_product(first, self.x[own], self.y[across].T, beta=0)
         if rows == columns:
             if teacher is not None:
-                sides = self._halves(0, rows) if self.use_halves else tuple(side[own] for side in self._sides)
-                write_symmetric_teacher(teacher, sides)
+                write_symmetric_teacher(teacher, tuple(side[own] for side in self._sides))
         elif self.use_halves and teacher is not None and transposed is not None:
             for out, left, right in zip(
                 (teacher, transposed), self._halves(0, rows), self._halves(2, columns), strict=True
@@ -158,16 +157,20 @@ class LibraryTiles(TritonTiles):
             if teacher is not None:
                 write_teacher(teacher, self._sides, own, across)
 
+    def described(self) -> Tensor:
+        """What a kernel has to know of each item's halves."""
+        if self._described is None:
+            self._described = cmsa_halves.described(self.x, self.y)
+        return self._described
+
     def _halves(self, slot: int, span: Span) -> tuple[Tensor, ...]:
         """x + y and x - y of the items in `span` over their scales, in the places `slot` and `slot` + 1."""
         items, dimensions = span[1] - span[0], self.x.shape[1]
         block = min(self.block_size, len(self.x))
         memory = self.room().view(-1)[: 4 * block * dimensions * HALVES_DTYPE.itemsize].view(HALVES_DTYPE)
         sums, differences = memory.view(4, -1)[slot : slot + 2, : items * dimensions].view(2, items, dimensions)
-        if self._scales is None:
-            self._scales = torch.empty(len(self.x), dtype=torch.float32, device=self.x.device)
         if self._halves_of.get(slot) != span:
-            cmsa_halves.write_halves(self.x, self.y, span, sums, differences, self._scales)
+            cmsa_halves.write_halves(self.x, self.y, self.described(), span, sums, differences)
             self._halves_of[slot] = span
         return sums, differences
 
