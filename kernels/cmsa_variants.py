@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from sda_fast.kernels import cmsa, cmsa_device, cmsa_halves, cmsa_merge, split_sums
 from sda_fast.kernels.gate import KernelVariant
@@ -143,8 +144,8 @@ def with_products(
     *,
     logits: bool = True,
     soft: bool = True,
-    **constexprs,
-):
+    **constexprs: Any,
+) -> KernelVariant:
     """The variant of the same kernel that reads a block's products, and writes `written` bytes.
 
     Args:
@@ -211,7 +212,7 @@ def reading_variants() -> tuple[KernelVariant, ...]:
     of_rows = {"row_normalized": True, "two_sided": False}
     hard = {"soft": False, "through_teacher": False}
     added = {"TEACHER_ADDED": True}
-    own_tiles = {"transposed_gradient_ptr": None}
+    own_tiles: dict[str, Any] = {"transposed_gradient_ptr": None}
     return (
         with_products(statistics("bf16", soft=True, **both), first, "pair by halves", parts_bytes(first, 8)),
         with_products(statistics("bf16", soft=True, **both), first, "pair", parts_bytes(first, 8)),
