@@ -261,6 +261,28 @@ def merging(*, soft: bool, row_normalized: bool = False) -> KernelVariant:
     )
 
 
+def adding_target_sums() -> KernelVariant:
+    moved = 16 * BLOCK // cmsa.CONFIGS_WITH_PRODUCTS["target_sums"].block_rows * BLOCK
+    return KernelVariant(
+        name="cmsa add target sums",
+        kernel=cmsa_merge.add_target_sums_kernel,
+        signature={
+            "parts_ptr": "*fp32",
+            "running_ptr": "*fp64",
+            **dict.fromkeys(("parts_count", "length", "stride_running"), "i32"),
+        },
+        constexprs={"BLOCK_PARTS": cmsa_merge.BLOCK_PARTS, "BLOCK_ITEMS": cmsa_merge.BLOCK_ITEMS},
+        num_warps=cmsa_merge.NUM_WARPS,
+        num_stages=1,
+        aligned=("length", "stride_running"),
+        problem=PROBLEM_WITH_PRODUCTS,
+        bytes_moved=moved,
+        bytes_floor=moved,
+        flops=0,
+        tensor_cores=False,
+    )
+
+
 def split_sum(kernel, name: str, pointers: dict[str, str], constexprs: dict[str, object], moved: int) -> KernelVariant:
     """A kernel over the gradients [BLOCK, D]; `moved` bytes an element."""
     factors = {} if kernel is split_sums.finish_kernel else dict.fromkeys(("first_factor", "second_factor"), "fp32")
@@ -318,6 +340,7 @@ VARIANTS = (
     merging(soft=True),
     merging(soft=True, row_normalized=True),
     merging(soft=False),
+    adding_target_sums(),
     split_sum(
         split_sums.add_kernel,
         "add two",

@@ -249,7 +249,8 @@ def multiprocessors_of(embeddings: Tensor) -> int:
 
 
 def batch_of(embeddings: Tensor, soft: bool) -> Batch:
-    items, dimensions = embeddings.shape
+    # plain numbers, also where a compiler has symbols for sizes
+    items, dimensions = map(int, embeddings.shape)
     return Batch(items, dimensions, embeddings.dtype, soft, multiprocessors_of(embeddings))
 
 

@@ -54,9 +54,7 @@ class Tiles(Protocol):
 
     def add_statistics(self, running: Tensor, rows: Span, columns: Span, two_sided: bool) -> None: ...
 
-    def target_sums(
-        self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool
-    ) -> tuple[Tensor, Tensor | None]: ...
+    def add_target_sums(self, running: Tensor, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> None: ...
 
     def gradients(
         self, rows: Span, columns: Span, statistics: Tensor, through_teacher: bool, two_sided: bool
@@ -113,10 +111,7 @@ def row_target_sums(tiles: Tiles, rows: Span, teacher_lse: Tensor, column_lse: T
     running = torch.zeros(3, len(tiles.x), dtype=torch.float64, device=teacher_lse.device)
     for own in row_blocks(rows, tiles.block_size):
         for columns, two_sided in visits(tiles, own, symmetric):
-            for_rows, for_columns = tiles.target_sums(own, columns, vectors, two_sided)
-            running[:, slice(*own)] += for_rows
-            if for_columns is not None:
-                running[:, slice(*columns)] += for_columns
+            tiles.add_target_sums(running, own, columns, vectors, two_sided)
     q, total, weighted = running.unbind()
     # the targets' rows sum to one only to rounding, which a large c would show
     return torch.stack([q, reference + weighted / total])

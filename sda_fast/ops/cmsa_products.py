@@ -93,4 +93,5 @@ def write_symmetric_teacher(out: Tensor, sides: tuple[Tensor, ...]) -> None:
     for number, start in enumerate(starts):
         stop = starts[number + 1] if number + 1 < len(starts) else items
         write_teacher(out[start:stop, start:], sides, slice(start, stop), slice(start, items))
-        out[stop:, start:stop].copy_(out[start:stop, stop:].T)
+        if stop < items:
+            out[stop:, start:stop].copy_(out[start:stop, stop:].T)

@@ -105,10 +105,14 @@ class Scales(NamedTuple):
 
 def split_statistics(statistics: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
     """[6, B] r, c, s, h, t, q in bits -> [11, B] in `dtype`: in units of the products as high and low part, and q."""
-    r, c, s, h, t, q = statistics.unbind()
-    by_item = [*(values / scales.logits for values in (r, c)), s / scales.teacher]
-    by_item += [values / scales.logits for values in (h, t)]
-    return torch.stack([part for values in by_item for part in split(values, dtype)] + [q.to(dtype)])
+    parts = torch.empty(11, statistics.shape[1], dtype=dtype, device=statistics.device)
+    in_products = statistics[:5] / scales.logits
+    torch.div(statistics[2], scales.teacher, out=in_products[2])
+    high, low = parts[:10].view(5, 2, -1).unbind(1)
+    high.copy_(in_products)
+    low.copy_(in_products.sub_(high))
+    parts[10] = statistics[5]
+    return parts
 
 
 def block_size_within(workspace_bytes: int, items: int, dtype: torch.dtype, device_type: str) -> int:
@@ -318,6 +322,13 @@ class TorchTiles:
         if rows == columns:
             return T, T.T
         return T, self._powers_below(numbers[1], S, s[:, slice(*columns)], 0, self._teacher_scale)
+
+    def add_target_sums(self, running: Tensor, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> None:
+        """Add `target_sums` to `running` [3, B] float64."""
+        for_rows, for_columns = self.target_sums(rows, columns, vectors, two_sided)
+        running[:, slice(*rows)].add_(for_rows)
+        if for_columns is not None:
+            running[:, slice(*columns)].add_(for_columns)
 
     def target_sums(self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> tuple[Tensor, Tensor | None]:
         """Sums over the tile's other side.

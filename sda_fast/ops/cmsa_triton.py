@@ -104,9 +104,9 @@ class TritonTiles:
                     row_normalized=self.form.row_normalized,
                 )
 
-    def target_sums(self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> tuple[Tensor, Tensor | None]:
-        """As `TorchTiles.target_sums`."""
-        for_rows, for_columns = kernels.target_sums(
+    def add_target_sums(self, running: Tensor, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> None:
+        """As `TorchTiles.add_target_sums`."""
+        parts = kernels.target_sums(
             self.x,
             self.y,
             self.temperature,
@@ -116,7 +116,9 @@ class TritonTiles:
             two_sided=two_sided,
             products=self.products(rows, columns, logits=False),
         )
-        return _added(for_rows), None if for_columns is None else _added(for_columns)
+        for span, of_span in zip((rows, columns), parts, strict=True):
+            if of_span is not None:
+                cmsa_merge.add_target_sums(running[:, slice(*span)], of_span)
 
     def tile_buffers(self, rows: Span, columns: Span) -> tuple[Tensor, Tensor | None, Tensor]:
         """[rows, columns] for dL, its other order and the teacher's, the same memory at every visit."""
@@ -157,10 +159,3 @@ class TritonTiles:
             1.0,
             self.teacher_added and with_teacher,
         )
-
-
-def _added(parts: Tensor) -> Tensor:
-    """Parts [parts, 4, n] of the second sweep -> [3, n] float64, in a fixed order."""
-    sums = parts.sum(0, dtype=torch.float64)
-    sums[2] += sums[3]
-    return sums[:3]

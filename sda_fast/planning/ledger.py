@@ -153,6 +153,9 @@ class Ledger(TorchDispatchMode):
         self._carry_values(func, args, kwargs, outputs, values_known)
         if not is_view(func):
             self._count(func, args, kwargs, inputs, outputs, output)
+        elif not made_of(outputs, inputs):
+            # such as `to`, which may give its input or a copy
+            self.launches[OTHER] += 1
         if func in self.scratch:
             with self:
                 self.scratch[func](*args, **kwargs)
@@ -277,6 +280,12 @@ def is_view(func: Any) -> bool:
 
 
 VIEWS: dict[Any, bool] = {}
+
+
+def made_of(outputs: list[Tensor], inputs: list[Tensor]) -> bool:
+    """Whether all outputs lie in memory of the inputs."""
+    storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+    return all(tensor.untyped_storage()._cdata in storages for tensor in outputs)
 
 
 def written_arguments(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
