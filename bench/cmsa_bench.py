@@ -27,6 +27,8 @@ from measure import PERCENTILES
 from sda_fast.atomic import write_json_atomic
 from sda_fast.bench_command import chosen_device
 from sda_fast.losses.chunking import free_memory, is_out_of_memory
+from sda_fast.planning.cards import card_of_device
+from sda_fast.planning.loss import count_loss
 from sda_fast.timing import percentile
 from sda_fast.tune import TIMERS
 
@@ -126,11 +128,24 @@ def measured(case: Case, method: str, device: torch.device, seconds: float, reco
     fault = disagreement(case, found["digest"], records)
     if fault:
         return {"error": found["error"], "reason": fault}
+    if device.type == "cuda" and method == OURS:
+        found |= expected(case, device)
     times = found.pop("seconds")
     floor = case.floor_operations() / found["rate"]
     found["rounds"] = len(times)
     found["milliseconds"] = [round(1e3 * percentile(times, p), 4) for p in PERCENTILES]
     return found | {"floor_milliseconds": round(1e3 * floor, 4), "to_floor": round(median(times) / floor, 3)}
+
+
+def expected(case: Case, device: torch.device) -> Record:
+    """What the planner counts for our own loss on this card, if it knows the card."""
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        card = card_of_device(device_name(device), properties.total_memory)
+    except ValueError:
+        return {}
+    count = count_loss(case.B, case.D, case.dtype, card, METHODS[case.loss][OURS].make())
+    return {"expected_bytes": count.peak_bytes}
 
 
 def in_a_process(case: Case, method: str, seconds: float) -> Record:

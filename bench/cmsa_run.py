@@ -89,6 +89,16 @@ def product_rate(D: int, dtype: torch.dtype, device: str) -> float:
     return 2 * n * n * D / min(times[1:])
 
 
+def peak_of_a_step(step: Callable[[], object]) -> int:
+    """Bytes of the allocator at most beyond what is held before, in a step that is not timed: no cache is cleared."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def measure(
     loss_name: str, make: Callable[[], Callable[..., Tensor]], B: int, D: int, dtype: torch.dtype, device: str,
     seconds: float,
@@ -110,9 +120,7 @@ def measure(
             tensor.grad = None
     gc.collect()
     if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        peak_bytes = peak_of_a_step(lambda: step(loss, given))
     else:
         before = settled_bytes()
     values: list[Tensor] = []
@@ -124,9 +132,9 @@ def measure(
     times, started = [], time.perf_counter()
     while not times or (len(times) < MOST_ROUNDS and time.perf_counter() - started < seconds):
         times.append(clock(lambda: values.append(step(loss, given))))
-        if len(times) == 1:
-            peak = torch.cuda.max_memory_allocated() if on_gpu else resident_bytes("VmHWM")
-    found = {"error": error, "seconds": times, "peak_bytes": peak - before, "rate": rate}
+        if len(times) == 1 and not on_gpu:
+            peak_bytes = resident_bytes("VmHWM") - before
+    found = {"error": error, "seconds": times, "peak_bytes": peak_bytes, "rate": rate}
     return found | {"digest": digest(values[-1], given)}
 
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cmsa_cases import PLAIN
 from pages import TablePage
 
 BEGIN = "<!-- tables of sda-fast bench --what cmsa: begin -->"
 END = "<!-- tables of sda-fast bench --what cmsa: end -->"
 HEADER = ("B", "method", "ms p20", "p50", "p80", "x floor", "x plain", "peak MB", "memory x plain", "error")
+COUNTED = "counted MB"
 OURS = "ours"
 COLOURS = {
     OURS: "#0072b2",
@@ -26,17 +28,35 @@ def ratio(record: Record, name: str) -> str:
     return f"{record[name]:.3g}" if name in record else "-"
 
 
-def cells(record: Record) -> list[str]:
-    """A timed record as the cells of HEADER."""
+def step_bytes(record: Record) -> int:
+    """The peak of the step itself: that of older records holds the memory that clears the cache before it."""
+    return record["peak_bytes"] - record.get("clearing_bytes", 0)
+
+
+def cells(record: Record, counted: bool = False) -> list[str]:
+    """A timed record as the cells of HEADER, and of COUNTED if asked for."""
+    expected = [f"{record['expected_bytes'] / 1e6:.4g}" if "expected_bytes" in record else "-"] if counted else []
     return [
         str(record["B"]),
         record["method"],
         *(f"{value:.4g}" for value in record["milliseconds"]),
         f"{record['to_floor']:.2f}",
         ratio(record, "to_plain"),
-        f"{record['peak_bytes'] / 1e6:.4g}",
+        f"{step_bytes(record) / 1e6:.4g}",
         ratio(record, "memory_to_plain"),
         f"{record['error']:.0e}",
+        *expected,
+    ]
+
+
+def with_memory_ratios(records: Sequence[Record]) -> list[Record]:
+    """Timed records with their memory over the plain way's, both that of the steps themselves."""
+    plain = {record["B"]: record for record in records if record["method"] == PLAIN[record["loss"]]}
+    return [
+        record | {"memory_to_plain": step_bytes(record) / max(1, step_bytes(plain[record["B"]]))}
+        if "memory_to_plain" in record
+        else record
+        for record in records
     ]
 
 
@@ -86,12 +106,25 @@ def as_markdown(document: Record, picture: str | None) -> str:
         lines += ["", f"![Time and peak memory by batch size]({picture})"]
     for title, records in of_tables(document).items():
         lines += ["", f"**{title}**", ""]
-        timed = [record for record in records if "milliseconds" in record]
+        timed = with_memory_ratios([record for record in records if "milliseconds" in record])
         if timed:
-            lines += ["| " + " | ".join(HEADER) + " |", "| ---: | --- |" + " ---: |" * (len(HEADER) - 2)]
-            lines += ["| " + " | ".join(cells(record)) + " |" for record in timed]
+            counted = any("expected_bytes" in record for record in timed)
+            header = [*HEADER, *[COUNTED] * counted]
+            lines += ["| " + " | ".join(header) + " |", "| ---: | --- |" + " ---: |" * (len(header) - 2)]
+            lines += ["| " + " | ".join(cells(record, counted)) + " |" for record in timed]
         lines += ["", *(f"- {line}" for line in without_time(records))]
-    return "\n".join(lines).rstrip()
+    return "\n".join([*lines, *about_memory(document["records"])]).rstrip()
+
+
+def about_memory(records: Sequence[Record]) -> list[str]:
+    """What the figures of memory leave out, and which code they are of."""
+    clearing = {record["clearing_bytes"] for record in records if "clearing_bytes" in record}
+    lines = [f"The {size / 1e6:.4g} MB that clear the cache are taken off the measured peaks." for size in clearing]
+    lines += [
+        f"Measured of commit {code}, and counted of it too; what has changed since is not measured."
+        for code in dict.fromkeys(record["code"] for record in records if "code" in record)
+    ]
+    return ["", *lines] if lines else []
 
 
 def rates(document: Record) -> str:
@@ -127,7 +160,7 @@ def draw(document: Record, path: Path) -> Path:
             style = {"color": COLOURS[method], "marker": "o", "ms": 3, "lw": 2.0 if method == OURS else 1.2}
             batches = [record["B"] for record in points]
             (labelled[method],) = above.plot(batches, [record["to_floor"] for record in points], **style)
-            below.plot(batches, [record["peak_bytes"] / 1e6 for record in points], **style)
+            below.plot(batches, [step_bytes(record) / 1e6 for record in points], **style)
         above.axhline(1.0, color="#1d2127", lw=0.8)
         above.set_title(title, loc="left", fontsize=9)
         below.set_xlabel("items B")

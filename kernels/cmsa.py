@@ -3,20 +3,43 @@
 Every reduction is in two stages: a program leaves its part, the caller adds. Sizes: B items, D dimensions; a launch
 covers `rows` x `columns`, two spans of items. What is computed is said in `cmsa_device`.
 
-`products`, where given, is [3, rows, columns] (hard targets: 2), contiguous float32: x_i y_j, y_i x_j and
-x_i x_j + y_i y_j, which then need not be computed. `target_sums` reads the last alone.
+`Products`, where given, need not be computed. `target_sums` reads the teacher's alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import triton
 
 from sda_fast.kernels.cmsa_device import gradients_kernel, statistics_kernel, target_sums_kernel
+from sda_fast.kernels.configs import cdiv
 
 Span = tuple[int, int]
+
+
+class Products(NamedTuple):
+    """Products of a block, [rows, columns] float32 each; None for what is not there.
+
+    Attributes:
+        logits: x_i y_j, columns adjacent.
+        transposed: y_i x_j, any strides; with `halves` the products of the scaled x - y.
+        teacher: x_i x_j + y_i y_j, at the same distance of rows as `logits`; with `halves` those of the scaled x + y.
+        halves: [B, 3] from `cmsa_halves.described`.
+    """
+
+    logits: torch.Tensor | None
+    transposed: torch.Tensor | None
+    teacher: torch.Tensor | None
+    halves: torch.Tensor | None = None
+
+    def strides(self) -> tuple[int, int, int]:
+        rows = next(one for one in (self.logits, self.teacher) if one is not None).stride(0)
+        return (rows, 1, 1) if self.transposed is None else (rows, self.transposed.stride(0), self.transposed.stride(1))
+
+
+NO_PRODUCTS = Products(None, None, None)
 
 
 @dataclass(frozen=True)
@@ -48,10 +71,10 @@ CONFIGS_WITH_PRODUCTS: dict[str, TileConfig] = {
 
 
 def _grid(config: TileConfig, rows: Span, columns: Span) -> tuple[int, int]:
-    return triton.cdiv(rows[1] - rows[0], config.block_rows), triton.cdiv(columns[1] - columns[0], config.block_columns)
+    return cdiv(rows[1] - rows[0], config.block_rows), cdiv(columns[1] - columns[0], config.block_columns)
 
 
-def _chosen(name: str, x: torch.Tensor, products: torch.Tensor | None) -> TileConfig:
+def _chosen(name: str, x: torch.Tensor, products: Products | None) -> TileConfig:
     return CONFIGS[name, x.element_size()] if products is None else CONFIGS_WITH_PRODUCTS[name]
 
 
@@ -59,10 +82,13 @@ def _launch(
     kernel, config: TileConfig, rows: Span, columns: Span, x, y, products, pointers, options, *, items: bool = False
 ):
     counts = (len(x),) if items else ()
-    vectors, sizes = ((x, y), (x.shape[1], *x.stride(), *y.stride())) if products is None else ((None, None), (1,) * 5)
+    if products is None:
+        given, vectors, sizes, strides = NO_PRODUCTS, (x, y), (x.shape[1], *x.stride(), *y.stride()), (1,) * 3
+    else:
+        given, vectors, sizes, strides = products, (None, None), (1,) * 5, products.strides()
     kernel[_grid(config, rows, columns)](
         *vectors,
-        products,
+        *given,
         *pointers,
         *counts,
         rows[0],
@@ -70,6 +96,7 @@ def _launch(
         columns[0],
         columns[1] - columns[0],
         *sizes,
+        *strides,
         **options,
         PRODUCTS_GIVEN=products is not None,
         BLOCK_ROWS=config.block_rows,
@@ -91,7 +118,7 @@ def statistics(
     soft: bool,
     row_normalized: bool,
     two_sided: bool,
-    products: torch.Tensor | None = None,
+    products: Products | None = None,
     config: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """First-sweep parts of a block.
@@ -127,7 +154,7 @@ def target_sums(
     columns: Span,
     *,
     two_sided: bool,
-    products: torch.Tensor | None = None,
+    products: Products | None = None,
     config: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Second-sweep parts of a block.
@@ -155,16 +182,16 @@ def gradients(
     statistics: torch.Tensor,
     rows: Span,
     columns: Span,
-    tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    tiles: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
     *,
     soft: bool,
     row_normalized: bool,
     two_sided: bool,
     teacher_added: bool = False,
-    products: torch.Tensor | None = None,
+    products: Products | None = None,
     config: TileConfig | None = None,
 ) -> torch.Tensor:
-    """Write dL_ij / tau, dL_ji / tau and, unless its tile is None, tau/2 (dS_ij + dS_ji), in units of 1/(2B).
+    """Write dL_ij / tau, dL_ji / tau and tau/2 (dS_ij + dS_ji), the latter two unless None, in units of 1/(2B).
 
     With `teacher_added` the third is also added to the first two.
 

@@ -4,7 +4,7 @@ For items i among the rows and j among the columns a program forms L_ij = x_i y_
 S_ij = tau/2 (x_i x_j + y_i y_j) from one pass over the dimensions: four loads feed four products. They stay bare
 products until two of them have been subtracted, which is exact where the difference is small; differences are scaled to
 bits (times log2 e). Every reduction is in two stages: a program leaves its part, the caller adds.
-With PRODUCTS_GIVEN the products come from memory, [2 or 3, rows, columns] contiguous float32, and there are no vectors.
+With PRODUCTS_GIVEN the products come from memory, [rows, columns] float32 each, and there are no vectors.
 Sizes: B items, D dimensions; a launch covers `rows` x `columns`, two spans of items.
 """
 
@@ -42,30 +42,56 @@ def load_pair(ptrs, line, length, mask, AXIS: tl.constexpr):
 
 @triton.jit
 def given_tiles(
-    products_ptr,
+    logits_ptr,
+    transposed_ptr,
+    teacher_ptr,
+    halves_ptr,
+    stride_product,
+    stride_transposed_row,
+    stride_transposed_column,
     local_rows,
+    rows,
     row_mask,
-    rows_count,
     local_columns,
+    columns,
     column_mask,
-    columns_count,
     WITH_LOGITS: tl.constexpr,
     WITH_TEACHER: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """What `product_tiles` gives, from memory."""
+    """What `product_tiles` gives, from memory.
+
+    With `halves_ptr` they come from products of scaled sums and differences, see `cmsa_halves`: teacher_ptr has those
+    of x + y and transposed_ptr those of x - y.
+    """
     logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     transposed_logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     teacher = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     lines = local_rows.to(tl.int64)[:, None]
-    ptrs = products_ptr + local_columns[None, :]
+    offsets = lines * stride_product + local_columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     if WITH_LOGITS:
-        logits = tl.load(ptrs + lines * columns_count, mask=mask, other=0.0)
-        transposed_logits = tl.load(ptrs + (lines + rows_count) * columns_count, mask=mask, other=0.0)
+        logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0)
+    if WITH_LOGITS or halves_ptr is not None:
+        places = lines * stride_transposed_row + local_columns.to(tl.int64)[None, :] * stride_transposed_column
+        transposed_logits = tl.load(transposed_ptr + places, mask=mask, other=0.0)
     if WITH_TEACHER:
-        teacher = tl.load(ptrs + (lines + 2 * rows_count) * columns_count, mask=mask, other=0.0)
+        teacher = tl.load(teacher_ptr + offsets, mask=mask, other=0.0)
+        if halves_ptr is not None:
+            row_ptrs = halves_ptr + 3 * rows
+            column_ptrs = halves_ptr + 3 * columns
+            row_scales = 0.5 * tl.load(row_ptrs, mask=row_mask, other=0.0)[:, None]
+            column_scales = tl.load(column_ptrs, mask=column_mask, other=0.0)[None, :]
+            of_sums = teacher * row_scales * column_scales
+            of_differences = transposed_logits * row_scales * column_scales
+            row_excess = tl.load(row_ptrs + 1, mask=row_mask, other=0.0)[:, None]
+            column_excess = tl.load(column_ptrs + 1, mask=column_mask, other=0.0)[None, :]
+            teacher = (of_sums + of_differences) - (row_excess + column_excess)
+            if WITH_LOGITS:
+                row_excess = tl.load(row_ptrs + 2, mask=row_mask, other=0.0)[:, None]
+                column_excess = tl.load(column_ptrs + 2, mask=column_mask, other=0.0)[None, :]
+                transposed_logits = ((of_sums - of_differences) - (row_excess + column_excess)) - logits
     return logits, transposed_logits, teacher
 
 
@@ -167,7 +193,10 @@ def store_statistics(
 def statistics_kernel(
     x_ptr,
     y_ptr,
-    products_ptr,
+    logits_ptr,
+    transposed_ptr,
+    teacher_ptr,
+    halves_ptr,
     temperature_ptr,
     for_rows_ptr,
     for_columns_ptr,
@@ -180,6 +209,9 @@ def statistics_kernel(
     stride_x_dimension,
     stride_y_item,
     stride_y_dimension,
+    stride_product,
+    stride_transposed_row,
+    stride_transposed_column,
     SOFT: tl.constexpr,
     ROW_NORMALIZED: tl.constexpr,
     TWO_SIDED: tl.constexpr,
@@ -192,13 +224,19 @@ def statistics_kernel(
     column_block, local_columns, columns, column_mask = items_of_tile(1, first_column, columns_count, BLOCK_COLUMNS)
     if PRODUCTS_GIVEN:
         logits, transposed_logits, teacher = given_tiles(
-            products_ptr,
+            logits_ptr,
+            transposed_ptr,
+            teacher_ptr,
+            halves_ptr,
+            stride_product,
+            stride_transposed_row,
+            stride_transposed_column,
             local_rows,
+            rows,
             row_mask,
-            rows_count,
             local_columns,
+            columns,
             column_mask,
-            columns_count,
             True,
             SOFT,
             BLOCK_ROWS,
@@ -276,7 +314,10 @@ def below(scores, high, low, scale):
 def target_sums_kernel(
     x_ptr,
     y_ptr,
-    products_ptr,
+    logits_ptr,
+    transposed_ptr,
+    teacher_ptr,
+    halves_ptr,
     temperature_ptr,
     vectors_ptr,
     for_rows_ptr,
@@ -291,6 +332,9 @@ def target_sums_kernel(
     stride_x_dimension,
     stride_y_item,
     stride_y_dimension,
+    stride_product,
+    stride_transposed_row,
+    stride_transposed_column,
     TWO_SIDED: tl.constexpr,
     PRODUCTS_GIVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -301,13 +345,19 @@ def target_sums_kernel(
     column_block, local_columns, columns, column_mask = items_of_tile(1, first_column, columns_count, BLOCK_COLUMNS)
     if PRODUCTS_GIVEN:
         _, _, teacher = given_tiles(
-            products_ptr,
+            logits_ptr,
+            transposed_ptr,
+            teacher_ptr,
+            halves_ptr,
+            stride_product,
+            stride_transposed_row,
+            stride_transposed_column,
             local_rows,
+            rows,
             row_mask,
-            rows_count,
             local_columns,
+            columns,
             column_mask,
-            columns_count,
             False,
             True,
             BLOCK_ROWS,
@@ -359,7 +409,10 @@ def target_sums_kernel(
 def gradients_kernel(
     x_ptr,
     y_ptr,
-    products_ptr,
+    logits_ptr,
+    transposed_ptr,
+    teacher_ptr,
+    halves_ptr,
     temperature_ptr,
     statistics_ptr,
     logits_gradient_ptr,
@@ -376,6 +429,9 @@ def gradients_kernel(
     stride_x_dimension,
     stride_y_item,
     stride_y_dimension,
+    stride_product,
+    stride_transposed_row,
+    stride_transposed_column,
     SOFT: tl.constexpr,
     ROW_NORMALIZED: tl.constexpr,
     THROUGH_TEACHER: tl.constexpr,
@@ -390,13 +446,19 @@ def gradients_kernel(
     column_block, local_columns, columns, column_mask = items_of_tile(1, first_column, columns_count, BLOCK_COLUMNS)
     if PRODUCTS_GIVEN:
         logits, transposed_logits, teacher = given_tiles(
-            products_ptr,
+            logits_ptr,
+            transposed_ptr,
+            teacher_ptr,
+            halves_ptr,
+            stride_product,
+            stride_transposed_row,
+            stride_transposed_column,
             local_rows,
+            rows,
             row_mask,
-            rows_count,
             local_columns,
+            columns,
             column_mask,
-            columns_count,
             True,
             SOFT,
             BLOCK_ROWS,
@@ -463,10 +525,11 @@ def gradients_kernel(
     d_logits /= temperature
     d_transposed /= temperature
     logits_gradient_ptrs = logits_gradient_ptr + tile_offsets
-    transposed_gradient_ptrs = transposed_gradient_ptr + tile_offsets
     if not TEACHER_ADDED:
         tl.store(logits_gradient_ptrs, d_logits.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
-        tl.store(transposed_gradient_ptrs, d_transposed.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
+        if transposed_gradient_ptr is not None:
+            transposed_gradient_ptrs = transposed_gradient_ptr + tile_offsets
+            tl.store(transposed_gradient_ptrs, d_transposed.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
     if THROUGH_TEACHER:
         h_rows, h_rows_low = load_pair(row_stats, 6, items_count, row_mask, 1)
         h_columns, h_columns_low = load_pair(column_stats, 6, items_count, column_mask, 0)
@@ -488,8 +551,10 @@ def gradients_kernel(
         tl.store(teacher_gradient_ptr + tile_offsets, d_teacher.to(teacher_gradient_ptr.dtype.element_ty), mask=mask)
         if TEACHER_ADDED:
             d_logits += d_teacher
-            d_transposed += d_teacher
             tl.store(logits_gradient_ptrs, d_logits.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
-            tl.store(transposed_gradient_ptrs, d_transposed.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
+            if transposed_gradient_ptr is not None:
+                d_transposed += d_teacher
+                transposed_gradient_ptrs = transposed_gradient_ptr + tile_offsets
+                tl.store(transposed_gradient_ptrs, d_transposed.to(logits_gradient_ptr.dtype.element_ty), mask=mask)
     part = row_block * tl.num_programs(1) + column_block
     tl.store(temperature_parts_ptr + part, d_temperature)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from sda_fast.kernels.cmsa_device import BITS_PER_NAT
+from sda_fast.kernels.configs import cdiv
 
 BLOCK_PARTS, BLOCK_ITEMS, NUM_WARPS = 16, 32, 4
 
@@ -103,6 +104,58 @@ def merge_statistics_kernel(
     tl.store(mean_ptrs, mean, mask=item_mask)
 
 
+@triton.jit
+def add_target_sums_kernel(
+    parts_ptr,
+    running_ptr,
+    parts_count,
+    length,
+    stride_running,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+):
+    items = tl.program_id(0) * BLOCK_ITEMS + tl.arange(0, BLOCK_ITEMS)
+    item_mask = items < length
+    received = tl.zeros((BLOCK_ITEMS,), tl.float64)
+    given = tl.zeros((BLOCK_ITEMS,), tl.float64)
+    weighted = tl.zeros((BLOCK_ITEMS,), tl.float64)
+    for first in range(0, parts_count, BLOCK_PARTS):
+        parts = first + tl.arange(0, BLOCK_PARTS)
+        mask = (parts < parts_count)[:, None] & item_mask[None, :]
+        ptrs = parts_ptr + parts.to(tl.int64)[:, None] * 4 * length + items[None, :]
+        received += tl.sum(tl.load(ptrs, mask=mask, other=0.0).to(tl.float64), 0)
+        given += tl.sum(tl.load(ptrs + length, mask=mask, other=0.0).to(tl.float64), 0)
+        weighted += tl.sum(tl.load(ptrs + 2 * length, mask=mask, other=0.0).to(tl.float64), 0)
+        weighted += tl.sum(tl.load(ptrs + 3 * length, mask=mask, other=0.0).to(tl.float64), 0)
+    ptrs = running_ptr + items
+    tl.store(ptrs, tl.load(ptrs, mask=item_mask, other=0.0) + received, mask=item_mask)
+    ptrs += stride_running
+    tl.store(ptrs, tl.load(ptrs, mask=item_mask, other=0.0) + given, mask=item_mask)
+    ptrs += stride_running
+    tl.store(ptrs, tl.load(ptrs, mask=item_mask, other=0.0) + weighted, mask=item_mask)
+
+
+def add_target_sums(running: torch.Tensor, parts: torch.Tensor) -> None:
+    """Add the parts of `cmsa.target_sums` to some items' sums, in place and in a fixed order.
+
+    Args:
+        running: [3, n] float64, items adjacent: sum_j T_ji, sum_j T_ij and sum_j T_ij c_j.
+        parts: [parts, 4, n] contiguous float32.
+    """
+    length = parts.shape[2]
+    add_target_sums_kernel[(cdiv(length, BLOCK_ITEMS),)](
+        parts,
+        running,
+        len(parts),
+        length,
+        running.stride(0),
+        BLOCK_PARTS=BLOCK_PARTS,
+        BLOCK_ITEMS=BLOCK_ITEMS,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
+
+
 def merge_statistics(
     running: torch.Tensor, parts: torch.Tensor, temperature: torch.Tensor, *, soft: bool, row_normalized: bool
 ) -> None:
@@ -115,7 +168,7 @@ def merge_statistics(
         temperature: one float32 on the same device.
     """
     length = parts.shape[2]
-    merge_statistics_kernel[(triton.cdiv(length, BLOCK_ITEMS),)](
+    merge_statistics_kernel[(cdiv(length, BLOCK_ITEMS),)](
         parts,
         temperature,
         running,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from sda_fast.kernels import cmsa, cmsa_device, cmsa_merge, split_sums
+from sda_fast.kernels import cmsa, cmsa_device, cmsa_halves, cmsa_merge, split_sums
 from sda_fast.kernels.gate import KernelVariant
 
 B, D = 65536, 3584
 ROWS = 1280
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PROBLEM = f"B={B} D={D} rows={ROWS}"
-BLOCK = 4736
+BLOCK = 4608
 PROBLEM_WITH_PRODUCTS = f"block={BLOCK}"
 INTEGERS = ("first_row", "rows_count", "first_column", "columns_count", "D", "stride_x_item", "stride_y_item")
 ALIGNED = ("rows_count", "columns_count", "D", "stride_x_item", "stride_y_item", "items_count")
+PRODUCTS = ("logits_ptr", "transposed_ptr", "teacher_ptr", "halves_ptr")
+STRIDES = ("stride_product", "stride_transposed_row", "stride_transposed_column")
 
 
 def _variant(
@@ -44,9 +47,8 @@ def _variant(
             **dict.fromkeys(integers, "i32"),
         },
         constexprs={
-            "products_ptr": None,
-            "stride_x_dimension": 1,
-            "stride_y_dimension": 1,
+            **dict.fromkeys(PRODUCTS),
+            **dict.fromkeys(("stride_x_dimension", "stride_y_dimension", *STRIDES), 1),
             **constexprs,
             "PRODUCTS_GIVEN": False,
             "BLOCK_ROWS": config.block_rows,
@@ -134,27 +136,59 @@ def gradients(
     )
 
 
-def with_products(variant: KernelVariant, config: cmsa.TileConfig, matrices: int, written: int, **constexprs):
-    """The variant of the same kernel that reads `matrices` of a block's products, and writes `written` bytes."""
-    integers = {name: kind for name, kind in variant.signature.items() if name in (*INTEGERS[:4], "items_count")}
-    pointers = {name: kind for name, kind in variant.signature.items() if kind.startswith("*")}
-    constants = {name: value for name, value in variant.constexprs.items() if name != "products_ptr"}
-    absent = {"x_ptr": None, "y_ptr": None}
-    moved = 4 * matrices * BLOCK**2 + written
+def with_products(
+    variant: KernelVariant,
+    config: cmsa.TileConfig,
+    way: str,
+    written: int,
+    *,
+    logits: bool = True,
+    soft: bool = True,
+    **constexprs: Any,
+) -> KernelVariant:
+    """The variant of the same kernel that reads a block's products, and writes `written` bytes.
+
+    Args:
+        way: a "pair" of blocks, a "pair by halves", or items against themselves ("own": L in M's place too).
+        logits, soft: which products it reads.
+    """
+    own, halves = way.startswith("own"), way.endswith("by halves")
+    pointers = dict.fromkeys(
+        ["logits_ptr"] * logits
+        + ["transposed_ptr"] * (logits or halves)
+        + ["teacher_ptr"] * soft
+        + ["halves_ptr"] * halves,
+        "*fp32",
+    )
+    strides = {"stride_product": "i32"}
+    if "transposed_ptr" in pointers:
+        strides["stride_transposed_column" if own else "stride_transposed_row"] = "i32"
+    kept = {
+        name: kind for name, kind in variant.signature.items() if name in (*INTEGERS[:4], "items_count") or "*" in kind
+    }
+    signature = {name: kind for name, kind in kept.items() if name not in ("x_ptr", "y_ptr")} | pointers | strides
+    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
+    read = logits + ((logits and not own) or halves) + soft
+    moved = 4 * read * BLOCK**2 + written
+    constants = {
+        **variant.constexprs,
+        **dict.fromkeys(("x_ptr", "y_ptr", *PRODUCTS)),
+        **dict.fromkeys((*INTEGERS[4:], "stride_x_dimension", "stride_y_dimension", *STRIDES), 1),
+        "PRODUCTS_GIVEN": True,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_COLUMNS": config.block_columns,
+        "BLOCK_D": 1,
+        **constexprs,
+    }
+    words = [name for name, value in constexprs.items() if value]
     return replace(
         variant,
-        name=" ".join((variant.name, *constexprs, "products given")).lower().replace("_", " "),
-        signature={name: kind for name, kind in pointers.items() if name not in absent}
-        | {"products_ptr": "*fp32"}
-        | integers,
-        constexprs=constants
-        | absent
-        | dict.fromkeys((*INTEGERS[4:], "stride_x_dimension", "stride_y_dimension"), 1)
-        | {"PRODUCTS_GIVEN": True, "BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns, "BLOCK_D": 1}
-        | constexprs,
+        name=" ".join((variant.name, *words, "given", way)).lower().replace("_", " "),
+        signature=signature,
+        constexprs={name: value for name, value in constants.items() if name not in signature},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        aligned=tuple(name for name in variant.aligned if name in integers),
+        aligned=tuple(name for name in (*ALIGNED, *STRIDES) if name in signature),
         problem=PROBLEM_WITH_PRODUCTS,
         bytes_moved=moved,
         bytes_floor=moved,
@@ -174,16 +208,27 @@ def reading_variants() -> tuple[KernelVariant, ...]:
     first, second, last = (configs[name] for name in ("statistics", "target_sums", "gradients"))
     tile = SIZES["bf16"] * BLOCK**2
     both = {"row_normalized": False, "two_sided": True}
+    one = {"row_normalized": False, "two_sided": False}
     of_rows = {"row_normalized": True, "two_sided": False}
+    hard = {"soft": False, "through_teacher": False}
+    added = {"TEACHER_ADDED": True}
+    own_tiles: dict[str, Any] = {"transposed_gradient_ptr": None}
     return (
-        with_products(statistics("bf16", soft=True, **both), first, 3, parts_bytes(first, 8)),
-        with_products(statistics("bf16", soft=True, **of_rows), first, 3, parts_bytes(first, 8)),
-        with_products(statistics("bf16", soft=False, **both), first, 2, parts_bytes(first, 6)),
-        with_products(target_sums("bf16"), second, 1, parts_bytes(second, 4)),
-        with_products(gradients("bf16", two_sided=True), last, 3, 3 * tile, TEACHER_ADDED=True),
-        with_products(gradients("fp32", two_sided=True), last, 3, 6 * tile),
-        with_products(gradients("bf16", **of_rows), last, 3, 3 * tile, TEACHER_ADDED=True),
-        with_products(gradients("bf16", soft=False, through_teacher=False, two_sided=True), last, 2, 2 * tile),
+        with_products(statistics("bf16", soft=True, **both), first, "pair by halves", parts_bytes(first, 8)),
+        with_products(statistics("bf16", soft=True, **both), first, "pair", parts_bytes(first, 8)),
+        with_products(statistics("bf16", soft=True, **one), first, "own", parts_bytes(first, 8)),
+        with_products(statistics("bf16", soft=True, **of_rows), first, "pair", parts_bytes(first, 8)),
+        with_products(statistics("bf16", soft=False, **both), first, "pair", parts_bytes(first, 6), soft=False),
+        with_products(target_sums("bf16"), second, "pair by halves", parts_bytes(second, 4), logits=False),
+        with_products(target_sums("bf16"), second, "pair", parts_bytes(second, 4), logits=False),
+        with_products(gradients("bf16", two_sided=True), last, "pair by halves", 3 * tile, **added),
+        with_products(gradients("bf16", two_sided=True), last, "pair", 3 * tile, **added),
+        with_products(gradients("fp32", two_sided=True), last, "pair", 6 * tile),
+        with_products(gradients("bf16", two_sided=False), last, "own", 2 * tile, **added, **own_tiles),
+        # a strip of rows of one block
+        with_products(gradients("bf16", two_sided=False), last, "own strip", 3 * tile, **added),
+        with_products(gradients("bf16", **of_rows), last, "pair", 3 * tile, **added),
+        with_products(gradients("bf16", **hard, two_sided=True), last, "pair", 2 * tile, soft=False),
     )
 
 
@@ -216,17 +261,62 @@ def merging(*, soft: bool, row_normalized: bool = False) -> KernelVariant:
     )
 
 
+def adding_target_sums() -> KernelVariant:
+    moved = 16 * BLOCK // cmsa.CONFIGS_WITH_PRODUCTS["target_sums"].block_rows * BLOCK
+    return KernelVariant(
+        name="cmsa add target sums",
+        kernel=cmsa_merge.add_target_sums_kernel,
+        signature={
+            "parts_ptr": "*fp32",
+            "running_ptr": "*fp64",
+            **dict.fromkeys(("parts_count", "length", "stride_running"), "i32"),
+        },
+        constexprs={"BLOCK_PARTS": cmsa_merge.BLOCK_PARTS, "BLOCK_ITEMS": cmsa_merge.BLOCK_ITEMS},
+        num_warps=cmsa_merge.NUM_WARPS,
+        num_stages=1,
+        aligned=("length", "stride_running"),
+        problem=PROBLEM_WITH_PRODUCTS,
+        bytes_moved=moved,
+        bytes_floor=moved,
+        flops=0,
+        tensor_cores=False,
+    )
+
+
 def split_sum(kernel, name: str, pointers: dict[str, str], constexprs: dict[str, object], moved: int) -> KernelVariant:
     """A kernel over the gradients [BLOCK, D]; `moved` bytes an element."""
-    factors = dict.fromkeys(("first_factor", "second_factor"), "fp32") if kernel is split_sums.add_kernel else {}
+    factors = {} if kernel is split_sums.finish_kernel else dict.fromkeys(("first_factor", "second_factor"), "fp32")
+    sums = {} if kernel is split_sums.write_kernel else {"high_ptr": "*i16", "low_ptr": "*u8"}
     return KernelVariant(
         name=f"split sums {name}",
         kernel=kernel,
-        signature={"high_ptr": "*i16", "low_ptr": "*u8", **pointers, "count": "i32", **factors},
+        signature={**sums, **pointers, "count": "i32", **factors},
         constexprs={**constexprs, "BLOCK": split_sums.BLOCK},
         num_warps=split_sums.NUM_WARPS,
         num_stages=3,
         aligned=("count",),
+        problem=PROBLEM_WITH_PRODUCTS,
+        bytes_moved=moved * BLOCK * D,
+        bytes_floor=moved * BLOCK * D,
+        flops=0,
+        tensor_cores=False,
+    )
+
+
+def halves(kernel, name: str, pointers: dict[str, str], integers: tuple[str, ...], moved: int) -> KernelVariant:
+    """A kernel over bfloat16 vectors [BLOCK, D]; `moved` bytes an element."""
+    return KernelVariant(
+        name=f"cmsa {name} of halves bf16",
+        kernel=kernel,
+        signature={
+            **dict.fromkeys(("x_ptr", "y_ptr"), "*bf16"),
+            **pointers,
+            **dict.fromkeys((*integers, "D", "stride_x_item", "stride_y_item"), "i32"),
+        },
+        constexprs={"stride_x_dimension": 1, "stride_y_dimension": 1, "BLOCK_D": cmsa_halves.BLOCK_D},
+        num_warps=cmsa_halves.NUM_WARPS,
+        num_stages=3,
+        aligned=(*integers, "D", "stride_x_item", "stride_y_item"),
         problem=PROBLEM_WITH_PRODUCTS,
         bytes_moved=moved * BLOCK * D,
         bytes_floor=moved * BLOCK * D,
@@ -250,6 +340,7 @@ VARIANTS = (
     merging(soft=True),
     merging(soft=True, row_normalized=True),
     merging(soft=False),
+    adding_target_sums(),
     split_sum(
         split_sums.add_kernel,
         "add two",
@@ -259,6 +350,21 @@ VARIANTS = (
     ),
     split_sum(
         split_sums.add_kernel, "begin with one", {"first_ptr": "*fp32"}, {"second_ptr": None, "FROM_ZERO": True}, 7
+    ),
+    split_sum(
+        split_sums.write_kernel,
+        "write two",
+        {"first_ptr": "*fp32", "second_ptr": "*fp32", "scale_ptr": "*fp32", "out_ptr": "*bf16"},
+        {},
+        10,
+    ),
+    halves(cmsa_halves.described_kernel, "description", {"out_ptr": "*fp32"}, (), 4),
+    halves(
+        cmsa_halves.halves_kernel,
+        "values",
+        {"described_ptr": "*fp32", "sums_ptr": "*fp16", "differences_ptr": "*fp16"},
+        ("first_item",),
+        8,
     ),
     split_sum(split_sums.finish_kernel, "finish bf16", {"scale_ptr": "*fp32", "out_ptr": "*bf16"}, {}, 5),
     split_sum(split_sums.finish_kernel, "finish fp16", {"scale_ptr": "*fp32", "out_ptr": "*fp16"}, {}, 5),

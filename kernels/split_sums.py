@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sda_fast.kernels.configs import cdiv
+
 BLOCK, NUM_WARPS = 2048, 8
 
 
@@ -60,6 +62,16 @@ def finish_kernel(high_ptr, low_ptr, scale_ptr, out_ptr, count, BLOCK: tl.conste
     tl.store(out_ptr + offsets, sums.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def write_kernel(out_ptr, first_ptr, second_ptr, scale_ptr, count, first_factor, second_factor, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < count
+    sums = first_factor * tl.load(first_ptr + offsets, mask=mask, other=0.0)
+    if second_ptr is not None:
+        sums += second_factor * tl.load(second_ptr + offsets, mask=mask, other=0.0)
+    tl.store(out_ptr + offsets, (sums * tl.load(scale_ptr)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def add(
     result: torch.Tensor,
     low: torch.Tensor,
@@ -77,7 +89,7 @@ def add(
         first, second: [n, D] contiguous float32, or None for no second.
     """
     count = result.numel()
-    add_kernel[(triton.cdiv(count, BLOCK),)](
+    add_kernel[(cdiv(count, BLOCK),)](
         result.view(torch.int16),
         low,
         first,
@@ -94,12 +106,34 @@ def add(
 def finish(result: torch.Tensor, low: torch.Tensor, scale: torch.Tensor) -> None:
     """Replace the sums in `result` by scale times them, rounded to its dtype; `scale` is one float32."""
     count = result.numel()
-    finish_kernel[(triton.cdiv(count, BLOCK),)](
+    finish_kernel[(cdiv(count, BLOCK),)](
         result.view(torch.int16),
         low,
         scale,
         result,
         count,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
+
+
+def write(
+    result: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor | None,
+    factors: tuple[float, float],
+    scale: torch.Tensor,
+) -> None:
+    """result = scale (factors[0] first + factors[1] second), rounded once to its dtype; shapes as in `add`."""
+    count = result.numel()
+    write_kernel[(cdiv(count, BLOCK),)](
+        result,
+        first,
+        second,
+        scale,
+        count,
+        *factors,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sda_fast.ops.cmsa_blocks import SPLIT_DTYPES, Batch, Cut, block_of, cut_within
 from sda_fast.ops.cmsa_blockwise import Tiles, blockwise_backward, blockwise_forward
 from sda_fast.ops.cmsa_products import way_of_products
 from sda_fast.ops.cmsa_tiles import Form, TorchTiles, block_size_within, compute_dtype, kept_shape
@@ -19,6 +20,8 @@ Backend = Literal["auto", "torch", "triton"]
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CPU_WORKSPACE_BYTES = 32 * 2**20
 GPU_WORKSPACE_BYTES = 512 * 2**20
+GPU_EXTRA_BYTES = 960 * 2**20
+H200_MULTIPROCESSORS = 132
 
 
 def cmsa_loss(
@@ -207,37 +210,64 @@ def make_tiles(
     kept: Tensor | None = None,
 ) -> Tiles:
     """The tiles of one batch for a resolved backend; zero for a size means: choose it. `kept`: see `TorchTiles`."""
-    workspace_bytes = workspace_bytes or default_workspace(x)
+    workspace_bytes = workspace_bytes or default_workspace(x, backend)
     if backend == "triton":
         from sda_fast.ops.cmsa_triton import TritonTiles
 
         return TritonTiles(x, y, temperature, form, block_size, workspace_bytes)
     if backend == "library":
-        from sda_fast.ops.cmsa_library import LibraryTiles, block_within
+        from sda_fast.ops.cmsa_library import LibraryTiles
 
-        block_size = block_size or block_within(workspace_bytes, len(x), x.shape[1], x.dtype, form.soft)
-        return LibraryTiles(x, y, temperature, form, block_size, kept)
+        batch = batch_of(x, form.soft)
+        cut = cut_of(batch, block_size, workspace_bytes, keeps=kept is not None)
+        return LibraryTiles(x, y, temperature, form, batch, cut, kept)
     if float(temperature) <= 0:
         raise ValueError(f"temperature must be positive, got {float(temperature)}")
     block_size = block_size or block_size_within(workspace_bytes, len(x), x.dtype, x.device.type)
     return TorchTiles(x, y, temperature, form, block_size, kept)
 
 
-def default_workspace(embeddings: Tensor) -> int:
-    return CPU_WORKSPACE_BYTES if embeddings.device.type == "cpu" else GPU_WORKSPACE_BYTES
+def default_workspace(embeddings: Tensor, backend: str) -> int:
+    return CPU_WORKSPACE_BYTES if embeddings.device.type == "cpu" else gpu_workspace(embeddings, backend)
+
+
+def gpu_workspace(embeddings: Tensor, backend: str) -> int:
+    """On library products what the sums' third bytes leave of `GPU_EXTRA_BYTES`, at least `GPU_WORKSPACE_BYTES`."""
+    if backend != "library":
+        return GPU_WORKSPACE_BYTES
+    third_bytes = 2 * embeddings.numel() if embeddings.dtype in SPLIT_DTYPES else 0
+    return max(GPU_WORKSPACE_BYTES, GPU_EXTRA_BYTES - third_bytes)
+
+
+def multiprocessors_of(embeddings: Tensor) -> int:
+    """Of the vectors' GPU; where there is none, of an H200, for blocks to be the same there."""
+    if not embeddings.is_cuda:
+        return H200_MULTIPROCESSORS
+    from sda_fast.kernels.configs import multiprocessors
+
+    return multiprocessors(embeddings.device)
+
+
+def batch_of(embeddings: Tensor, soft: bool) -> Batch:
+    # plain numbers, also where a compiler has symbols for sizes
+    items, dimensions = map(int, embeddings.shape)
+    return Batch(items, dimensions, embeddings.dtype, soft, multiprocessors_of(embeddings))
+
+
+def cut_of(batch: Batch, block_size: int, workspace_bytes: int, *, keeps: bool = True) -> Cut:
+    """How the library's path cuts a batch; zero for `block_size` means: choose it."""
+    return (
+        block_of(batch, block_size, workspace_bytes) if block_size else cut_within(workspace_bytes, batch, keeps=keeps)
+    )
 
 
 def room_for_products(x: Tensor, soft: bool, backend: str, block_size: int, workspace_bytes: int) -> Tensor:
     """What the workspace leaves for tiles' products between sweeps; kernels that form them keep none."""
     if backend == "triton":
         return x.new_empty(0, 0, dtype=compute_dtype(x.dtype))
-    workspace_bytes = workspace_bytes or default_workspace(x)
+    workspace_bytes = workspace_bytes or default_workspace(x, backend)
     if backend == "library":
-        from sda_fast.ops import cmsa_library
-
-        block_size = block_size or cmsa_library.block_within(workspace_bytes, len(x), x.shape[1], x.dtype, soft)
-        shape = cmsa_library.kept_shape(workspace_bytes, len(x), x.shape[1], x.dtype, block_size, soft)
-        return x.new_empty(shape, dtype=torch.float32)
+        return x.new_empty(cut_of(batch_of(x, soft), block_size, workspace_bytes).kept, dtype=torch.float32)
     items = x.shape[0]
     block_size = block_size or block_size_within(workspace_bytes, items, x.dtype, x.device.type)
     shape = kept_shape(workspace_bytes, items, x.dtype, block_size, soft)
@@ -314,7 +344,7 @@ def cmsa_backward(
             statistics,
             (0, len(x)),
             grad_loss.to(compute_dtype(x.dtype)) / (2 * len(x)),
-            symmetric=backend == "library" or _sums_fit(x, workspace_bytes),
+            symmetric=(backend == "library" or _sums_fit(x, workspace_bytes)) and not tiles.completes_rows,
             through_teacher=not detach_teacher,
             needs_x=needs_image,
             needs_y=needs_text,
@@ -363,11 +393,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, y, temperature, *options = inputs
     _, statistics, kept = output
     ctx.mark_non_differentiable(statistics, kept)
+    # or backward would fill memory of the size of what is kept with zeros
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, y, temperature, statistics, kept)
     ctx.options = options
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 9
     x, y, temperature, statistics, kept = ctx.saved_tensors
     soft, row_normalized, detach_teacher, backend, block_size, workspace_bytes = ctx.options
     needs_x, needs_y, needs_temperature = ctx.needs_input_grad[:3]

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sda_fast.ops.cmsa_sums import GradientSums, Totals, add_products
+from sda_fast.ops.cmsa_sums import GradientSums, RowSums
 from sda_fast.ops.cmsa_tiles import (
     NATS_PER_BIT,
     Form,
@@ -45,13 +45,16 @@ class Tiles(Protocol):
     @property
     def temperature(self) -> float | Tensor: ...
 
+    @property
+    def completes_rows(self) -> bool: ...
+
     def columns_per_visit(self) -> int: ...
+
+    def rows_per_gradient(self) -> int: ...
 
     def add_statistics(self, running: Tensor, rows: Span, columns: Span, two_sided: bool) -> None: ...
 
-    def target_sums(
-        self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool
-    ) -> tuple[Tensor, Tensor | None]: ...
+    def add_target_sums(self, running: Tensor, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> None: ...
 
     def gradients(
         self, rows: Span, columns: Span, statistics: Tensor, through_teacher: bool, two_sided: bool
@@ -62,6 +65,8 @@ class Tiles(Protocol):
     def accumulate(self, total: Tensor, tile: Tensor, embeddings: Tensor, factor: float) -> None: ...
 
     def sums(self, needs_x: bool, needs_y: bool) -> GradientSums: ...
+
+    def row_sums(self, items: int, needs_x: bool, needs_y: bool) -> RowSums: ...
 
 
 class Gradients(NamedTuple):
@@ -106,10 +111,7 @@ def row_target_sums(tiles: Tiles, rows: Span, teacher_lse: Tensor, column_lse: T
     running = torch.zeros(3, len(tiles.x), dtype=torch.float64, device=teacher_lse.device)
     for own in row_blocks(rows, tiles.block_size):
         for columns, two_sided in visits(tiles, own, symmetric):
-            for_rows, for_columns = tiles.target_sums(own, columns, vectors, two_sided)
-            running[:, slice(*own)] += for_rows
-            if for_columns is not None:
-                running[:, slice(*columns)] += for_columns
+            tiles.add_target_sums(running, own, columns, vectors, two_sided)
     q, total, weighted = running.unbind()
     # the targets' rows sum to one only to rounding, which a large c would show
     return torch.stack([q, reference + weighted / total])
@@ -178,13 +180,12 @@ def blockwise_backward(
         results = whole.rounded(scale, x.dtype)
     else:
         results = [x.new_empty(count, x.shape[1]) if needed else None for needed in (needs_x, needs_y)]
-        for own in row_blocks(rows, tiles.block_size):
-            block = Totals.zero(x, own[1] - own[0], scale.dtype, (needs_x, needs_y))
+        for own in row_blocks(rows, tiles.rows_per_gradient()):
+            sums = tiles.row_sums(own[1] - own[0], needs_x, needs_y)
             for columns, two_sided in visits(tiles, own, symmetric):
                 tile = tiles.gradients(own, columns, statistics, through_teacher, two_sided)
                 temperature += tile.temperature
-                add_products(tiles, tile, block, columns)
-            for result, finished in zip(results, block.rounded(scale, x.dtype), strict=True):
-                if result is not None and finished is not None:
-                    result[own[0] - rows[0] : own[1] - rows[0]] = finished
+                sums.add(tile, columns)
+            place = slice(own[0] - rows[0], own[1] - rows[0])
+            sums.write([None if result is None else result[place] for result in results], scale)
     return Gradients(results[0], results[1], temperature.to(scale.dtype) * scale / tiles.temperature)

@@ -17,6 +17,8 @@ from torch import Tensor
 Products = Literal["in kernel", "library"]
 # From this many dimensions on the library's rate outweighs the products' way through memory. Not measured: a guess.
 LIBRARY_DIMENSIONS = 256
+# From so many items on S of items against themselves is formed in four strips in place of two.
+LARGE_BLOCK = 4096
 
 _forced: ContextVar[Products | None] = ContextVar("sda_fast_cmsa_products", default=None)
 
@@ -49,6 +51,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, beta: int = 1, al
         total: [m, n] float32, rows at any distance.
         left, right: [m, k] and [k, n], one dtype.
     """
+    library_product(total, left, right, beta, alpha)
+
+
+def library_product(total: Tensor, left: Tensor, right: Tensor, beta: int, alpha: float) -> None:
+    """`add_product` by one call of the matrix library; the planner puts a count in its place."""
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total)
     elif not left.is_cuda:
@@ -62,10 +69,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, beta: int = 1, al
 def side_by_side(x: Tensor, y: Tensor) -> Tensor | None:
     """[B, 2D] view of [x_i, y_i] if each such pair is one piece of memory, as in pairs[0::2] and pairs[1::2]."""
     items, dimensions = x.shape
-    adjacent = y.data_ptr() == x.data_ptr() + dimensions * x.element_size()
-    if not adjacent or x.stride() != y.stride() or x.stride(1) != 1 or x.stride(0) < 2 * dimensions:
+    if x.stride() != y.stride() or x.stride(1) != 1 or x.stride(0) < 2 * dimensions:
         return None
-    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+    # not by addresses, which fake tensors do not have
+    one_storage = x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    if not one_storage or y.storage_offset() != x.storage_offset() + dimensions:
         return None
     return x.as_strided((items, 2 * dimensions), (x.stride(0), 1))
 
@@ -76,12 +84,14 @@ def write_teacher(out: Tensor, sides: tuple[Tensor, ...], rows: slice, columns: 
         add_product(out, side[rows], side[columns].T, beta=beta)
 
 
-def write_symmetric_teacher(out: Tensor, sides: tuple[Tensor, ...], start: int) -> None:
-    """`write_teacher` of items against themselves: three quarters of it, and a copy."""
+def write_symmetric_teacher(out: Tensor, sides: tuple[Tensor, ...]) -> None:
+    """`write_teacher` of all items against themselves: three quarters of it, of many five eighths, and a copy."""
     items = len(out)
-    half = items // 2 // 64 * 64
-    stop = start + items
-    write_teacher(out[half:, half:], sides, slice(start + half, stop), slice(start + half, stop))
-    if half:
-        write_teacher(out[:half], sides, slice(start, start + half), slice(start, stop))
-        out[half:, :half].copy_(out[:half, half:].T)
+    strips = 4 if items >= LARGE_BLOCK else 2
+    strip = max(64, items // strips // 64 * 64)
+    starts = [*range(0, items, strip)][:strips]
+    for number, start in enumerate(starts):
+        stop = starts[number + 1] if number + 1 < len(starts) else items
+        write_teacher(out[start:stop, start:], sides, slice(start, stop), slice(start, items))
+        if stop < items:
+            out[stop:, start:stop].copy_(out[start:stop, stop:].T)

@@ -30,6 +30,16 @@ class GradientSums(Protocol):
     def rounded(self, scale: Tensor, dtype: torch.dtype) -> list[Tensor | None]: ...
 
 
+class RowSums(Protocol):
+    """Sums for a range of items, to which the products with the vectors of every other range are added in turn."""
+
+    def add(self, tile: TileGradients, other: Span) -> None: ...
+
+    def write(self, results: list[Tensor | None], scale: Tensor) -> None:
+        """Scale times the sums into `results` [n, D], in their dtype."""
+        ...
+
+
 class Totals(NamedTuple):
     """Running sums of gradients for a range of items, [n, D] in the compute dtype; None where not needed."""
 
@@ -63,6 +73,22 @@ class WholeSums:
 
     def rounded(self, scale: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
         return self._totals.rounded(scale, dtype)
+
+
+class PlainRowSums:
+    """Sums in the compute dtype for a range of items."""
+
+    def __init__(self, tiles: Operands, items: int, dtype: torch.dtype, needs: tuple[bool, bool]) -> None:
+        self._tiles = tiles
+        self._totals = Totals.zero(tiles.x, items, dtype, needs)
+
+    def add(self, tile: TileGradients, other: Span) -> None:
+        add_products(self._tiles, tile, self._totals, other)
+
+    def write(self, results: list[Tensor | None], scale: Tensor) -> None:
+        for result, total in zip(results, self._totals, strict=True):
+            if result is not None and total is not None:
+                result.copy_(total.mul_(scale))
 
 
 def add_products(tiles: Operands, tile: TileGradients, totals: Totals, other: Span) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sda_fast.ops.cmsa_sums import WholeSums
+from sda_fast.ops.cmsa_sums import PlainRowSums, WholeSums
 
 Span = tuple[int, int]
 NATS_PER_BIT = math.log(2)
@@ -105,10 +105,14 @@ class Scales(NamedTuple):
 
 def split_statistics(statistics: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
     """[6, B] r, c, s, h, t, q in bits -> [11, B] in `dtype`: in units of the products as high and low part, and q."""
-    r, c, s, h, t, q = statistics.unbind()
-    by_item = [*(values / scales.logits for values in (r, c)), s / scales.teacher]
-    by_item += [values / scales.logits for values in (h, t)]
-    return torch.stack([part for values in by_item for part in split(values, dtype)] + [q.to(dtype)])
+    parts = torch.empty(11, statistics.shape[1], dtype=dtype, device=statistics.device)
+    in_products = statistics[:5] / scales.logits
+    torch.div(statistics[2], scales.teacher, out=in_products[2])
+    high, low = parts[:10].view(5, 2, -1).unbind(1)
+    high.copy_(in_products)
+    low.copy_(in_products.sub_(high))
+    parts[10] = statistics[5]
+    return parts
 
 
 def block_size_within(workspace_bytes: int, items: int, dtype: torch.dtype, device_type: str) -> int:
@@ -193,6 +197,14 @@ class TorchTiles:
     def columns_per_visit(self) -> int:
         return self.block_size
 
+    @property
+    def completes_rows(self) -> bool:
+        """Whether backward is cheapest as strips of rows against all items."""
+        return False
+
+    def rows_per_gradient(self) -> int:
+        return self.block_size
+
     def operand(self, embeddings: Tensor, span: Span) -> Tensor:
         """The vectors of the items in `span`, in the dtype of the gradient tiles."""
         return embeddings[span[0] : span[1]].to(self.dtype)
@@ -204,6 +216,10 @@ class TorchTiles:
     def sums(self, needs_x: bool, needs_y: bool) -> WholeSums:
         """Sums of the vectors' gradients for a symmetric sweep."""
         return WholeSums(self, self.dtype, (needs_x, needs_y))
+
+    def row_sums(self, items: int, needs_x: bool, needs_y: bool) -> PlainRowSums:
+        """Sums of the gradients of a range of items."""
+        return PlainRowSums(self, items, self.dtype, (needs_x, needs_y))
 
     def _buffer(self, number: int, rows: Span, columns: Span) -> Tensor:
         height, width = rows[1] - rows[0], columns[1] - columns[0]
@@ -306,6 +322,13 @@ class TorchTiles:
         if rows == columns:
             return T, T.T
         return T, self._powers_below(numbers[1], S, s[:, slice(*columns)], 0, self._teacher_scale)
+
+    def add_target_sums(self, running: Tensor, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> None:
+        """Add `target_sums` to `running` [3, B] float64."""
+        for_rows, for_columns = self.target_sums(rows, columns, vectors, two_sided)
+        running[:, slice(*rows)].add_(for_rows)
+        if for_columns is not None:
+            running[:, slice(*columns)].add_(for_columns)
 
     def target_sums(self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> tuple[Tensor, Tensor | None]:
         """Sums over the tile's other side.

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from sda_fast.kernels import cmsa as kernels
 from sda_fast.kernels import cmsa_merge
+from sda_fast.ops.cmsa_blocks import gradient_dtype
 from sda_fast.ops.cmsa_products import add_product
-from sda_fast.ops.cmsa_sums import GradientSums, WholeSums
+from sda_fast.ops.cmsa_sums import GradientSums, PlainRowSums, RowSums, WholeSums
 from sda_fast.ops.cmsa_tiles import Form, Span, TileGradients
 
 
@@ -50,6 +51,14 @@ class TritonTiles:
     def columns_per_visit(self) -> int:
         return len(self.x)
 
+    @property
+    def completes_rows(self) -> bool:
+        """Whether backward is cheapest as strips of rows against all items."""
+        return False
+
+    def rows_per_gradient(self) -> int:
+        return self.block_size
+
     def operand(self, embeddings: Tensor, span: Span) -> Tensor:
         """The vectors of the items in `span`, in the dtype of the gradient tiles."""
         return embeddings[span[0] : span[1]].to(self.tile_dtype)
@@ -62,7 +71,13 @@ class TritonTiles:
         """Sums of the vectors' gradients for a symmetric sweep."""
         return WholeSums(self, torch.float32, (needs_x, needs_y))
 
-    def products(self, rows: Span, columns: Span, *, logits: bool = True, first_time: bool = False) -> Tensor | None:
+    def row_sums(self, items: int, needs_x: bool, needs_y: bool) -> RowSums:
+        """Sums of the gradients of a range of items."""
+        return PlainRowSums(self, items, torch.float32, (needs_x, needs_y))
+
+    def products(
+        self, rows: Span, columns: Span, *, logits: bool = True, first_time: bool = False
+    ) -> kernels.Products | None:
         """The products of a visit, where the kernels do not form them: see `kernels.cmsa`."""
         return None
 
@@ -89,9 +104,9 @@ class TritonTiles:
                     row_normalized=self.form.row_normalized,
                 )
 
-    def target_sums(self, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> tuple[Tensor, Tensor | None]:
-        """As `TorchTiles.target_sums`."""
-        for_rows, for_columns = kernels.target_sums(
+    def add_target_sums(self, running: Tensor, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> None:
+        """As `TorchTiles.add_target_sums`."""
+        parts = kernels.target_sums(
             self.x,
             self.y,
             self.temperature,
@@ -101,17 +116,25 @@ class TritonTiles:
             two_sided=two_sided,
             products=self.products(rows, columns, logits=False),
         )
-        return _added(for_rows), None if for_columns is None else _added(for_columns)
+        for span, of_span in zip((rows, columns), parts, strict=True):
+            if of_span is not None:
+                cmsa_merge.add_target_sums(running[:, slice(*span)], of_span)
+
+    def tile_buffers(self, rows: Span, columns: Span) -> tuple[Tensor, Tensor | None, Tensor]:
+        """[rows, columns] for dL, its other order and the teacher's, the same memory at every visit."""
+        if self._buffers is None:
+            size = min(self.block_size, len(self.x)) * min(self.columns_per_visit(), len(self.x))
+            self._buffers = torch.empty(3, size, dtype=self.tile_dtype, device=self.x.device)
+        height, width = rows[1] - rows[0], columns[1] - columns[0]
+        first, second, third = (buffer[: height * width].view(height, width) for buffer in self._buffers)
+        return first, second, third
 
     def gradients(
         self, rows: Span, columns: Span, statistics: Tensor, through_teacher: bool, two_sided: bool
     ) -> TileGradients:
         """As `TorchTiles.gradients`; the tiles hold their factors."""
-        if self._buffers is None:
-            size = min(self.block_size, len(self.x)) * min(self.columns_per_visit(), len(self.x))
-            self._buffers = torch.empty(3, size, dtype=self.tile_dtype, device=self.x.device)
-        height, width = rows[1] - rows[0], columns[1] - columns[0]
-        logits, transposed_logits, teacher = (buffer[: height * width].view(height, width) for buffer in self._buffers)
+        products = self.products(rows, columns)
+        logits, transposed_logits, teacher = self.tile_buffers(rows, columns)
         with_teacher = through_teacher and self.form.soft
         parts = kernels.gradients(
             self.x,
@@ -125,26 +148,14 @@ class TritonTiles:
             row_normalized=self.form.row_normalized,
             two_sided=two_sided,
             teacher_added=self.teacher_added,
-            products=self.products(rows, columns),
+            products=products,
         )
         return TileGradients(
             logits,
-            transposed_logits,
+            logits.T if transposed_logits is None else transposed_logits,
             teacher if with_teacher else None,
             parts.sum(dtype=torch.float64),
             1.0,
             1.0,
             self.teacher_added and with_teacher,
         )
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the gradient tiles for vectors of `dtype`."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def _added(parts: Tensor) -> Tensor:
-    """Parts [parts, 4, n] of the second sweep -> [3, n] float64, in a fixed order."""
-    sums = parts.sum(0, dtype=torch.float64)
-    sums[2] += sums[3]
-    return sums[:3]

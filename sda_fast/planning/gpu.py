@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sda_fast.ops import cmsa, moda_group, moda_linear, moda_torch, quantized
+from sda_fast.ops import cmsa, cmsa_products, moda_group, moda_linear, moda_torch, quantized
 from sda_fast.ops.quantized import WeightLayout, decode_absmax, workspaces
 from sda_fast.planning.cards import Card
-from sda_fast.planning.ledger import Ledger, aten
+from sda_fast.planning.ledger import PRODUCT, TRITON, Ledger, aten
 
 # What cuBLAS keeps for itself (8 MiB, 32 MiB on Hopper) and cuBLASLt's share.
 LIBRARY_WORKSPACE_BYTES = 40 * 1024**2
@@ -34,6 +34,7 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
         def count(*arguments: Any, **options: Any) -> None:
             tensors = [one for one in arguments if isinstance(one, Tensor)]
             ledger.work(0, sum(one.numel() * one.element_size() for one in tensors))
+            ledger.launches[TRITON] += 1
 
         return count
 
@@ -58,6 +59,17 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
     def triton_chosen(backend: str, tensor: Tensor) -> str:
         return "triton" if backend == "auto" and tensor.dtype in moda_group.TRITON_DTYPES else backend
 
+    def way_of_loss(backend: str, embeddings: Tensor) -> str:
+        if triton_chosen(backend, embeddings) != "triton":
+            return backend
+        return "library" if cmsa_products.way_of_products(embeddings) == "library" else "triton"
+
+    def product(total: Tensor, left: Tensor, right: Tensor, beta: int, alpha: float) -> None:
+        read = (left, right, total) if beta else (left, right)
+        num_bytes = sum(one.numel() * one.element_size() for one in (*read, total))
+        ledger.work(2 * left.shape[0] * left.shape[1] * right.shape[1], num_bytes)
+        ledger.launches[PRODUCT] += 1
+
     forward, backward = torch.ops.sda_fast.cmsa_forward.default, torch.ops.sda_fast.cmsa_backward.default
     kernels: dict[Any, Callable[..., Any]] = {
         torch.ops.sda_fast.moda_group.default: moda_group.moda_group_kernel,
@@ -78,7 +90,10 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
         stack.enter_context(replaced(moda_torch, "decode", decode))
         stack.enter_context(replaced(moda_triton, "decoded", decoded))
         stack.enter_context(replaced(moda_linear, "resolve_backend", triton_chosen))
-        stack.enter_context(replaced(cmsa, "resolve_backend", triton_chosen))
+        stack.enter_context(replaced(cmsa, "resolve_backend", way_of_loss))
+        stack.enter_context(replaced(cmsa, "default_workspace", cmsa.gpu_workspace))
+        stack.enter_context(replaced(cmsa, "multiprocessors_of", lambda embeddings: card.multiprocessors))
+        stack.enter_context(replaced(cmsa_products, "library_product", product))
         for module in (moda_forward, moda_backward):
             stack.enter_context(replaced(module, "programs_wanted", programs_wanted))
         ledger.kernels, ledger.scratch = kernels, scratch

@@ -30,6 +30,7 @@ DEVICE_OF: Any = torch.ops.prim.device.default
 
 PARTS = ("weights", "adapters", "optimizer", "gradients", "inputs", "activations", "workspaces", "temporary")
 HOST = "host"
+PRODUCT, TRITON, OTHER = "products", "Triton kernels", "other operations"
 # The allocator of PyTorch on CUDA hands out multiples of this.
 ALLOCATION_BYTES = 512
 MOST_KNOWN_ELEMENTS = 1 << 22
@@ -43,6 +44,8 @@ class Ledger(TorchDispatchMode):
         live: part -> bytes now; parts of PARTS, and HOST for what is in main memory and does not count.
         peak, peak_parts: the largest sum of all parts but HOST so far, and its parts.
         seconds, flops: section -> work, where `section` is what the caller says is going on.
+        launches: how often something was started: PRODUCT by the matrix library, TRITON kernels, OTHER operations of
+            PyTorch, which may start several kernels each.
         kernels: operation -> a function to run in its place, whose own allocations then count.
     """
 
@@ -65,6 +68,7 @@ class Ledger(TorchDispatchMode):
         self.section = ""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.flops: defaultdict[str, float] = defaultdict(float)
+        self.launches: Counter[str] = Counter()
         self._total = 0
         self._part_of_new = "temporary"
         self._storages: dict[int, tuple[int, str]] = {}
@@ -149,6 +153,9 @@ class Ledger(TorchDispatchMode):
         self._carry_values(func, args, kwargs, outputs, values_known)
         if not is_view(func):
             self._count(func, args, kwargs, inputs, outputs, output)
+        elif not made_of(outputs, inputs):
+            # such as `to`, which may give its input or a copy
+            self.launches[OTHER] += 1
         if func in self.scratch:
             with self:
                 self.scratch[func](*args, **kwargs)
@@ -157,6 +164,8 @@ class Ledger(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], out: Any) -> None:
         formula: Any = flop_registry.get(func._overloadpacket) or OTHER_FLOPS.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
+        if not func._schema.name.startswith(UNINITIALISED):
+            self.launches[PRODUCT if flops else OTHER] += 1
         written = [tensor for tensor in outputs if not any(tensor is one for one in inputs)]
         self.work(flops, sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *written)))
 
@@ -271,6 +280,12 @@ def is_view(func: Any) -> bool:
 
 
 VIEWS: dict[Any, bool] = {}
+
+
+def made_of(outputs: list[Tensor], inputs: list[Tensor]) -> bool:
+    """Whether all outputs lie in memory of the inputs."""
+    storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+    return all(tensor.untyped_storage()._cdata in storages for tensor in outputs)
 
 
 def written_arguments(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from sda_fast.bench_command import BenchConfig, bench_folder, run_bench
+from sda_fast.timing import CLEARED_BYTES
 
 
 @pytest.fixture(scope="module")
 def bench() -> SimpleNamespace:
     """The modules of bench/, which is no package."""
     sys.path.insert(0, str(bench_folder()))
-    names = ("cmsa_bench", "cmsa_cases", "cmsa_run", "cmsa_tables")
+    names = ("cmsa_bench", "cmsa_cases", "cmsa_counts", "cmsa_run", "cmsa_tables")
     return SimpleNamespace(**{name.removeprefix("cmsa_"): importlib.import_module(name) for name in names})
 
 
@@ -80,3 +81,37 @@ def test_unknown_methods_and_sizes_are_refused(tmp_path: Path) -> None:
         run_bench(config(tmp_path, "fast"))
     with pytest.raises(ValueError, match="items must be at least 2"):
         run_bench(config(tmp_path, items=(1,)))
+
+
+def test_peaks_measured_on_a_gpu_are_those_counted_of_the_same_code(bench) -> None:
+    document = json.loads((bench_folder() / "results" / "cmsa-nvidia-h200.json").read_text())
+    ours = [record for record in document["records"] if "expected_bytes" in record]
+    assert len(ours) == 3 and all(record["clearing_bytes"] == CLEARED_BYTES for record in ours)
+    for record in ours:
+        assert bench.tables.step_bytes(record) == pytest.approx(record["expected_bytes"], rel=1e-4)
+
+
+def test_the_clearing_buffer_is_in_no_peak_of_a_table(bench) -> None:
+    plain, ours = (
+        {"loss": "CMSA", "method": method, "B": 64, "D": 8, "dtype": "float32", "command": "c", "error": 0.0,
+         "milliseconds": [1.0, 1.0, 1.0], "to_floor": 1.0, "peak_bytes": peak, "clearing_bytes": 100,
+         "memory_to_plain": 0.9, "code": "abc"}
+        for method, peak in (("plain PyTorch", 300), ("ours", 200))
+    )  # fmt: skip
+    ours["expected_bytes"] = 2_000_000
+    document = {"device": "a card", "kind": "cuda", "versions": {}, "timer": "events", "percentiles": [20, 50, 80]}
+    text = bench.tables.as_markdown(document | {"records": [plain, ours]}, None)
+    assert "| 64 | ours | 1 | 1 | 1 | 1.00 | - | 0.0001 | 0.5 | 0e+00 | 2 |" in text
+    assert "Measured of commit abc" in text and "taken off the measured peaks" in text
+
+
+def test_counts_are_those_of_the_code_and_stand_in_the_page(bench) -> None:
+    counts = bench.counts
+    document = json.loads(counts.RESULTS.read_text())
+    card = counts.card_named(counts.CARD)
+    for record in document["records"]:
+        if record["B"] in (1024, 8192):
+            assert counts.counted(record["loss"], record["B"], record["D"], card) == record
+    large = next(one for one in document["records"] if (one["loss"], one["B"]) == ("CMSA", 65536))
+    assert large["extra_bytes"] < 2**30 and large["operations"] < 14.5
+    assert counts.table(document) in counts.PAGE.read_text()

@@ -19,6 +19,7 @@ REPRESENTATIVE = (
     "decode nested fold R=16",
     "small product bf16 M=1 nested",
     "cmsa merge statistics soft",
+    "cmsa values of halves bf16",
     "split sums add two",
 )
 

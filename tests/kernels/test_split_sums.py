@@ -86,3 +86,25 @@ def test_parts_of_statistics_merge_into_running_ones(parts: int, length: int, ro
     merged.append((1 if row_normalized else 2) * for_logits * (weights * (mean + reference)).sum(0))
     torch.testing.assert_close(running[:, 2:-1], torch.stack(merged), rtol=1e-6, atol=1e-6)
     assert running[:3, [0, 1, -1]].isneginf().all()
+
+
+@pytest.mark.parametrize(("parts", "length"), [(1, 1), (16, 33), (37, 70)])
+def test_parts_of_target_sums_are_added_in_float64(parts: int, length: int) -> None:
+    made = normal(parts, 4, length)
+    running = normal(3, length + 3).double()
+    before = running.clone()
+    cmsa_merge.add_target_sums(running[:, 2:-1], made)
+    sums = made.double().sum(0)
+    expected = before.clone()
+    expected[:, 2:-1] += torch.stack([sums[0], sums[1], sums[2] + sums[3]])
+    torch.testing.assert_close(running, expected, rtol=1e-14, atol=1e-14)
+    assert torch.equal(running[:, [0, 1, -1]], before[:, [0, 1, -1]])
+
+
+@pytest.mark.parametrize("dtype", RESULTS, ids=str)
+@pytest.mark.parametrize("with_second", [True, False])
+def test_a_result_written_at_once_is_rounded_once(dtype: torch.dtype, with_second: bool) -> None:
+    first, second, scale = normal(17, 129), normal(17, 129, seed=1), torch.tensor(0.25, device=DEVICE)
+    result, _ = memory(17, 129, dtype=dtype)
+    split_sums.write(result, first, second if with_second else None, (1.0, -1.0), scale)
+    assert torch.equal(result, ((first - second if with_second else first) * scale).to(dtype))
