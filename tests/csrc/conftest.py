@@ -216,14 +216,10 @@ class EmulatedOperations:
         *gate, seed, threshold, keep_scale, adds = rest
         if not adds:
             y.fill_(float("nan"))
+        dropout = dropout_of(seed, threshold, keep_scale)
         arguments = Expand(
             *(*rows_of(y), pointer(bias), *rows_of(h), pointer(lora_B), *lora_B.stride()),
-            *(
-                SCALAR_KINDS[y.dtype],
-                SCALAR_KINDS[lora_B.dtype],
-                gate_of(*gate),
-                dropout_of(seed, threshold, keep_scale),
-            ),
+            *(SCALAR_KINDS[y.dtype], SCALAR_KINDS[lora_B.dtype], gate_of(*gate), dropout),
             *(*y.shape, h.shape[1], adds),
         )
         self.library.emulated_expand(ctypes.byref(arguments))

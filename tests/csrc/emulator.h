@@ -106,17 +106,21 @@ inline void run_block() {
     std::fprintf(stderr, "blocks have a power of two of threads here, not %u\n", threads);
     std::abort();
   }
-  unsigned idle_rounds = 0;
+  unsigned idle_rounds = 0, rounds_to_stall = 0;
+  uint32_t stalled = 0;  // one bit a warp
   while (alive > 0) {
     const unsigned before = alive;
     const unsigned generation = block_barrier.generation;
     unsigned warp_generations = 0;
     for (const Barrier& barrier : warp_barriers) warp_generations += barrier.generation;
-    // Another order in every round, so that a missing barrier shows.
+    // So that a missing barrier shows, threads take turns in another order every round, and some warps stand still for as
+    // long as the others have something to do.
     shuffle = shuffle * 1664525u + 1013904223u;
+    if (rounds_to_stall == 0 || idle_rounds > 0) stalled = shuffle >> 13, rounds_to_stall = 256;
+    --rounds_to_stall;
     for (unsigned turn = 0; turn < threads; ++turn) {
       const unsigned i = (turn * (shuffle >> 8 | 1u) + (shuffle >> 16)) % threads;
-      if (fibers[i].finished) continue;
+      if (fibers[i].finished || (stalled >> (i / 32) & 1)) continue;
       current = i;
       threadIdx.x = i;
       swapcontext(&scheduler, &fibers[i].context);
@@ -124,7 +128,7 @@ inline void run_block() {
     unsigned after = 0;
     for (const Barrier& barrier : warp_barriers) after += barrier.generation;
     idle_rounds = alive == before && generation == block_barrier.generation && after == warp_generations ? idle_rounds + 1 : 0;
-    if (idle_rounds > 1) {
+    if (idle_rounds > 100) {
       std::fprintf(stderr, "deadlock: a barrier not reached by all its threads\n");
       std::abort();
     }
