@@ -106,6 +106,8 @@ def load_lvlm(
     model.eval().requires_grad_(False)
     if quantization == "nf4":
         check_quantized(model, family)
+        if dtype == torch.float32:
+            keep_float32(model)
     return LVLM(model, processor, family, str(name_or_path))
 
 
@@ -197,6 +199,19 @@ def quantized_linears(model: nn.Module) -> list[str]:
         return isinstance(module, Linear4bit) and isinstance(module.weight, Params4bit) and module.weight.bnb_quantized
 
     return [name for name, module in model.named_modules() if is_packed(module)]
+
+
+def keep_float32(model: nn.Module) -> None:
+    """Let float32 rows be multiplied in float32.
+
+    On CPUs with bfloat16 instructions bitsandbytes' own layers would round them to bfloat16 in evaluation, and repack
+    the weight in place, which loses nested statistics.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_quantized(model: nn.Module, family: Family) -> None:

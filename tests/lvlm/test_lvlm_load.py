@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -61,6 +62,18 @@ def test_double_quantisation_nests_the_block_scales(family_folder, double_quant)
     states = [module.weight.quant_state for module in lvlm.language_model.modules() if hasattr(module, "compute_dtype")]
     assert states and all(state.nested == double_quant for state in states)
     assert all(state.quant_type == "nf4" and state.blocksize == 64 for state in states)
+
+
+def test_float32_rows_are_multiplied_in_float32_whatever_the_processor_can(family_folder):
+    """In evaluation and without an adapter, where bitsandbytes may have a product of its own."""
+    lvlm = load_lvlm(family_folder("qwen2_vl"), dtype=torch.float32, device="cpu")
+    layer = lvlm.model.get_submodule(quantized_linears(lvlm.model)[0])
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, layer.in_features, generator=draw)
+    weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), layer.bias.double())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_model_comes_frozen_and_in_evaluation_mode(loaded):
