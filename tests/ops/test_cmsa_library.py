@@ -117,7 +117,11 @@ def test_strips_of_one_block_and_many_blocks_give_what_one_strip_does(dtype, opt
         (1, 40, 1),
     ):
         for mine, one_strip in zip(at(strip, block_size, workspace_bytes), whole, strict=True):
-            torch.testing.assert_close(mine, one_strip, rtol=4 * torch.finfo(mine.dtype).eps, atol=4e-6)
+            if dtype == torch.bfloat16:
+                # tiles of gradients are bfloat16 as well, which an element cannot be held to
+                assert (mine - one_strip).float().norm() <= torch.finfo(dtype).eps * one_strip.float().norm()
+            else:
+                torch.testing.assert_close(mine, one_strip, rtol=4 * torch.finfo(mine.dtype).eps, atol=4e-6)
 
 
 def test_strips_leave_what_is_kept_for_a_second_backward_pass(monkeypatch):
