@@ -56,7 +56,8 @@ def cmsa_loss(
         backend: "auto" takes Triton on CUDA and PyTorch elsewhere; "torch" and "triton" insist.
         block_size: rows and columns per tile (rows alone where Triton kernels form the products); chosen from
             `workspace_bytes` if None. Changes rounding only.
-        workspace_bytes: bound of the memory for tiles; by default 32 MiB on a CPU, 512 MiB on a GPU.
+        workspace_bytes: bound of the memory for tiles and products that are kept; by default 32 MiB on a CPU, on a GPU
+            512 MiB, or for long vectors what a step's other memory leaves of 960 MiB if that is more.
 
     Returns:
         Scalar, mean over the B items, in nats; float64 for float64 inputs, else float32.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sda_fast import cmsa_loss
-from sda_fast.ops import cmsa, cmsa_library, cmsa_products
+from sda_fast.ops import cmsa, cmsa_blocks, cmsa_library, cmsa_products
 from sda_fast.ops.cmsa_blockwise import blockwise_backward, blockwise_forward, row_statistics, row_target_sums
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss
 from sda_fast.ops.cmsa_tiles import Form
@@ -83,6 +83,54 @@ def test_gradients_are_right_whatever_is_kept_and_needed(workspace_bytes, dtype,
     for mine, true in zip(ours, truth, strict=True):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine.double(), true, rtol=torch.finfo(dtype).eps, atol=2e-6)
+
+
+LOSSES = [{}, {"detach_teacher": True}, {"row_normalized_targets": True}, {"targets": "hard"}]
+
+
+@pytest.mark.parametrize("dtype", RUNNING_DTYPES, ids=str)
+@pytest.mark.parametrize("options", LOSSES, ids=str)
+def test_strips_of_one_block_and_many_blocks_give_what_one_strip_does(dtype, options, monkeypatch):
+    pairs = normal(2 * 150, 20, dtype=dtype).requires_grad_()
+    temperature = torch.tensor(1.3, device=DEVICE, requires_grad=True)
+
+    def at(strip, block_size, workspace_bytes=None):
+        monkeypatch.setattr(cmsa_blocks, "strips", lambda items: range(strip, strip + 1))
+        with cmsa_products.forced_products("library"):
+            loss = cmsa_loss(
+                pairs[0::2],
+                pairs[1::2],
+                temperature,
+                backend="triton",
+                block_size=block_size,
+                workspace_bytes=workspace_bytes,
+                **options,
+            )
+        return [loss.detach(), *torch.autograd.grad(loss, (pairs, temperature))]
+
+    whole = at(150, 150)
+    for strip, block_size, workspace_bytes in (
+        (64, 150, None),
+        (7, 200, None),
+        (150, 150, 1),
+        (1, 64, None),
+        (1, 40, 1),
+    ):
+        for mine, one_strip in zip(at(strip, block_size, workspace_bytes), whole, strict=True):
+            if dtype == torch.bfloat16:
+                # tiles of gradients are bfloat16 as well, which an element cannot be held to
+                assert (mine - one_strip).float().norm() <= torch.finfo(dtype).eps * one_strip.float().norm()
+            else:
+                torch.testing.assert_close(mine, one_strip, rtol=4 * torch.finfo(mine.dtype).eps, atol=4e-6)
+
+
+def test_strips_leave_what_is_kept_for_a_second_backward_pass(monkeypatch):
+    monkeypatch.setattr(cmsa_blocks, "strips", lambda items: range(64, 65))
+    pairs = normal(2 * 150, 20, dtype=torch.float16).requires_grad_()
+    with cmsa_products.forced_products("library"):
+        loss = cmsa_loss(pairs[0::2], pairs[1::2], 1.3, backend="triton", block_size=150)
+    first, second = (torch.autograd.grad(loss, pairs, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", RUNNING_DTYPES, ids=str)
