@@ -19,6 +19,7 @@ from sda_fast.atomic import write_json_atomic
 from sda_fast.jobs.fingerprint import versions
 from sda_fast.ops.cmsa import GPU_WORKSPACE_BYTES, batch_of, gpu_workspace
 from sda_fast.ops.cmsa_blocks import cut_within
+from sda_fast.ops.cmsa_products import forced_products
 from sda_fast.planning.cards import Card, card_named
 from sda_fast.planning.ledger import OTHER, PRODUCT, TRITON
 from sda_fast.planning.loss import count_loss
@@ -30,17 +31,21 @@ BEGIN, END = "<!-- table of cmsa_counts: begin -->", "<!-- table of cmsa_counts:
 ITEMS, DIMENSIONS, CARD = (1024, 8192, 16384, 65536), 3584, "H200 SXM"
 KINDS = (PRODUCT, TRITON, OTHER)
 HEADER = ("loss", "B", "blocks of", "operations", "floor", *KINDS, "launches", "extra MiB", "peak MiB")
+BY_HALVES = " by halves"
+LOSSES = ("CMSA", f"CMSA{BY_HALVES}", "InfoNCE")
 Record = dict[str, Any]
 
 
-def counted(loss: str, items: int, dimensions: int, card: Card) -> Record:
+def counted(name: str, items: int, dimensions: int, card: Card) -> Record:
     """One step in bfloat16; `operations` in units of B^2 D, `extra_bytes` beside vectors and gradients."""
-    count = count_loss(items, dimensions, torch.bfloat16, card, METHODS[loss][OURS].make())
+    loss, way = name.removesuffix(BY_HALVES), "halves" if name.endswith(BY_HALVES) else "library"
+    with forced_products(way):
+        count = count_loss(items, dimensions, torch.bfloat16, card, METHODS[loss][OURS].make())
     vectors = torch.empty(items, dimensions, dtype=torch.bfloat16, device="meta")
-    batch = batch_of(vectors, loss == "CMSA")._replace(multiprocessors=card.multiprocessors)
-    cut = cut_within(gpu_workspace(vectors, "library"), batch)
+    batch = batch_of(vectors, loss == "CMSA", way)._replace(multiprocessors=card.multiprocessors)
+    cut = cut_within(gpu_workspace(vectors, way), batch)
     return {
-        "loss": loss,
+        "loss": name,
         "B": items,
         "D": dimensions,
         "dtype": "bfloat16",
@@ -62,7 +67,7 @@ def measure() -> Record:
         "versions": versions(),
         "command": "python bench/cmsa_counts.py",
         "what": "counted on fake tensors, not measured",
-        "records": [counted(loss, items, DIMENSIONS, card) for loss in METHODS for items in ITEMS],
+        "records": [counted(loss, items, DIMENSIONS, card) for loss in LOSSES for items in ITEMS],
     }
 
 
@@ -76,7 +81,7 @@ def table(document: Record) -> str:
             record["B"],
             "all" if record["block"] == record["B"] else record["block"],
             f"{record['operations']:.1f}",
-            FLOOR[record["loss"]],
+            FLOOR[record["loss"].removesuffix(BY_HALVES)],
             *launches,
             sum(launches),
             *(f"{record[name] / 2**20:.0f}" for name in ("extra_bytes", "peak_bytes")),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sda_fast.ops.cmsa_blocks import SPLIT_DTYPES, Batch, Cut, block_of, cut_within
 from sda_fast.ops.cmsa_blockwise import Tiles, blockwise_backward, blockwise_forward
-from sda_fast.ops.cmsa_products import way_of_products
+from sda_fast.ops.cmsa_products import THROUGH_MEMORY, way_of_products
 from sda_fast.ops.cmsa_tiles import Form, TorchTiles, block_size_within, compute_dtype, kept_shape
 
 Backend = Literal["auto", "torch", "triton"]
@@ -170,7 +170,7 @@ def normalized_rows(embeddings: Tensor) -> Tensor:
 
 
 def resolve_backend(backend: Backend, embeddings: Tensor) -> str:
-    """ "torch", "triton", or "library" for Triton kernels that read the matrix library's products.
+    """ "torch", "triton", or "library" or "halves" for Triton kernels that read the matrix library's products.
 
     Raises RuntimeError if "triton" was asked for and cannot run.
     """
@@ -183,7 +183,13 @@ def resolve_backend(backend: Backend, embeddings: Tensor) -> str:
         return "torch"
     if obstacle:
         raise RuntimeError(f"backend='triton' was asked for, but {obstacle}")
-    return "library" if way_of_products(embeddings) == "library" else "triton"
+    return triton_way(embeddings)
+
+
+def triton_way(embeddings: Tensor) -> str:
+    """ "triton", "library" or "halves", by where the products come from."""
+    way = way_of_products(embeddings)
+    return way if way in THROUGH_MEMORY else "triton"
 
 
 def _triton_obstacle(embeddings: Tensor) -> str | None:
@@ -216,10 +222,10 @@ def make_tiles(
         from sda_fast.ops.cmsa_triton import TritonTiles
 
         return TritonTiles(x, y, temperature, form, block_size, workspace_bytes)
-    if backend == "library":
+    if backend in THROUGH_MEMORY:
         from sda_fast.ops.cmsa_library import LibraryTiles
 
-        batch = batch_of(x, form.soft)
+        batch = batch_of(x, form.soft, backend)
         cut = cut_of(batch, block_size, workspace_bytes, keeps=kept is not None)
         return LibraryTiles(x, y, temperature, form, batch, cut, kept)
     if float(temperature) <= 0:
@@ -234,7 +240,7 @@ def default_workspace(embeddings: Tensor, backend: str) -> int:
 
 def gpu_workspace(embeddings: Tensor, backend: str) -> int:
     """On library products what the sums' third bytes leave of `GPU_EXTRA_BYTES`, at least `GPU_WORKSPACE_BYTES`."""
-    if backend != "library":
+    if backend not in THROUGH_MEMORY:
         return GPU_WORKSPACE_BYTES
     third_bytes = 2 * embeddings.numel() if embeddings.dtype in SPLIT_DTYPES else 0
     return max(GPU_WORKSPACE_BYTES, GPU_EXTRA_BYTES - third_bytes)
@@ -249,10 +255,10 @@ def multiprocessors_of(embeddings: Tensor) -> int:
     return multiprocessors(embeddings.device)
 
 
-def batch_of(embeddings: Tensor, soft: bool) -> Batch:
+def batch_of(embeddings: Tensor, soft: bool, backend: str) -> Batch:
     # plain numbers, also where a compiler has symbols for sizes
     items, dimensions = map(int, embeddings.shape)
-    return Batch(items, dimensions, embeddings.dtype, soft, multiprocessors_of(embeddings))
+    return Batch(items, dimensions, embeddings.dtype, soft, multiprocessors_of(embeddings), backend == "halves")
 
 
 def cut_of(batch: Batch, block_size: int, workspace_bytes: int, *, keeps: bool = True) -> Cut:
@@ -267,8 +273,8 @@ def room_for_products(x: Tensor, soft: bool, backend: str, block_size: int, work
     if backend == "triton":
         return x.new_empty(0, 0, dtype=compute_dtype(x.dtype))
     workspace_bytes = workspace_bytes or default_workspace(x, backend)
-    if backend == "library":
-        return x.new_empty(cut_of(batch_of(x, soft), block_size, workspace_bytes).kept, dtype=torch.float32)
+    if backend in THROUGH_MEMORY:
+        return x.new_empty(cut_of(batch_of(x, soft, backend), block_size, workspace_bytes).kept, dtype=torch.float32)
     items = x.shape[0]
     block_size = block_size or block_size_within(workspace_bytes, items, x.dtype, x.device.type)
     shape = kept_shape(workspace_bytes, items, x.dtype, block_size, soft)
@@ -345,7 +351,7 @@ def cmsa_backward(
             statistics,
             (0, len(x)),
             grad_loss.to(compute_dtype(x.dtype)) / (2 * len(x)),
-            symmetric=(backend == "library" or _sums_fit(x, workspace_bytes)) and not tiles.completes_rows,
+            symmetric=(backend in THROUGH_MEMORY or _sums_fit(x, workspace_bytes)) and not tiles.completes_rows,
             through_teacher=not detach_teacher,
             needs_x=needs_image,
             needs_y=needs_text,

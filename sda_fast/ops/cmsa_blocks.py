@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     dtype: torch.dtype
     soft: bool
     multiprocessors: int
+    halves: bool = False
 
     @property
     def tile_bytes(self) -> int:
@@ -52,7 +53,7 @@ class Batch(NamedTuple):
 
     @property
     def uses_halves(self) -> bool:
-        return self.soft and self.dtype == torch.bfloat16
+        return self.halves and self.soft and self.dtype == torch.bfloat16
 
 
 class Cut(NamedTuple):

@@ -1,7 +1,9 @@
 """How the Triton path of CMSA gets its products x_i y_j and x_i x_j + y_i y_j.
 
 "library": the matrix library forms those of a block in memory and the kernels read them there. "in kernel": the kernels
-form them themselves, tile by tile, and nothing goes through memory.
+form them themselves, tile by tile, and nothing goes through memory. "halves": as "library", with three products of a
+pair of bfloat16 blocks in place of four (`kernels.cmsa_halves`); never chosen by itself: it was not timed, and equal
+rows share a gradient unevenly once the loss is hundreds of nats (docs/cmsa.md).
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Products = Literal["in kernel", "library"]
+Products = Literal["in kernel", "library", "halves"]
+THROUGH_MEMORY = ("library", "halves")
 # From this many dimensions on the library's rate outweighs the products' way through memory. Not measured: a guess.
 LIBRARY_DIMENSIONS = 256
 # From so many items on S of items against themselves is formed in four strips in place of two.
@@ -28,7 +31,7 @@ def forced_products(way: Products) -> Iterator[None]:
     """Losses computed within this block (and their backward passes, wherever) go one way; for tests and measurements.
 
     Raises:
-        ValueError: `way` is neither way.
+        ValueError: `way` is none of the ways.
     """
     if way not in get_args(Products):
         raise ValueError(f"the products must be one of {get_args(Products)}, got {way!r}")

@@ -62,7 +62,7 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
     def way_of_loss(backend: str, embeddings: Tensor) -> str:
         if triton_chosen(backend, embeddings) != "triton":
             return backend
-        return "library" if cmsa_products.way_of_products(embeddings) == "library" else "triton"
+        return cmsa.triton_way(embeddings)
 
     def product(total: Tensor, left: Tensor, right: Tensor, beta: int, alpha: float) -> None:
         read = (left, right, total) if beta else (left, right)

@@ -112,6 +112,7 @@ def test_counts_are_those_of_the_code_and_stand_in_the_page(bench) -> None:
     for record in document["records"]:
         if record["B"] in (1024, 8192):
             assert counts.counted(record["loss"], record["B"], record["D"], card) == record
-    large = next(one for one in document["records"] if (one["loss"], one["B"]) == ("CMSA", 65536))
-    assert large["extra_bytes"] < 2**30 and large["operations"] < 14.5
+    large = {one["loss"]: one for one in document["records"] if one["B"] == 65536}
+    assert all(one["extra_bytes"] < 2**30 for one in large.values())
+    assert large["CMSA"]["operations"] < 16.5 and large["CMSA by halves"]["operations"] < 14.5
     assert counts.table(document) in counts.PAGE.read_text()

@@ -78,7 +78,7 @@ def test_three_products_give_what_four_do():
 
 @pytest.fixture
 def by_halves(monkeypatch):
-    """Vectors of DTYPE go by halves, as bfloat16 ones do; counts the calls that form them."""
+    """Vectors of DTYPE go by halves, as bfloat16 ones may; counts the calls that form them."""
     formed = []
 
     def counted(x, y, items, span, *memory):
@@ -86,8 +86,8 @@ def by_halves(monkeypatch):
         write_halves(x, y, items, span, *memory)
 
     monkeypatch.setattr(cmsa_library.cmsa_halves, "write_halves", counted)
-    monkeypatch.setattr(cmsa_blocks.Batch, "uses_halves", property(lambda batch: batch.soft and batch.dtype == DTYPE))
-    with forced_products("library"):
+    monkeypatch.setattr(cmsa_blocks.Batch, "uses_halves", property(lambda batch: batch.halves and batch.dtype == DTYPE))
+    with forced_products("halves"):
         yield formed
 
 
