@@ -59,9 +59,10 @@ class Tensors:
     def flat(self) -> tuple[Tensor, ...]:
         return *self.frozen, *self.lora_A, *self.lora_B, *self.gating
 
-    def adapters(self, gates: Sequence[Tensor]) -> list[Tensor]:
-        """lora_A, lora_B and gates of every layer, as the operations take them."""
-        return [tensor for layer in zip(self.lora_A, self.lora_B, gates, strict=True) for tensor in layer]
+    def adapters(self, gates: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """lora_A, lora_B and gates (`gating` if none are given) of every layer, as the operations take them."""
+        layers = zip(self.lora_A, self.lora_B, gates or self.gating, strict=True)
+        return [tensor for layer in layers for tensor in layer]
 
 
 class MoDAGroup(torch.autograd.Function):
@@ -73,7 +74,7 @@ class MoDAGroup(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         tensors = Tensors.of(flat, constants)
         made = () if constants.modality is None else gates.below_autograd(tensors.gating, constants.modality)
-        adapters = tensors.adapters(made or tensors.gating)
+        adapters = tensors.adapters(made)
         if constants.outputs_later:
             y, h, bits = without_outputs(x, adapters, seed, constants)
         else:
@@ -122,7 +123,7 @@ class MoDAGroup(torch.autograd.Function):
         needs_x, needs_A, needs_B, needs_gates = ctx.needs
         left = iter(
             torch.ops.sda_fast.moda_group_backward(
-                complete, x, h, bits, tensors.frozen, tensors.adapters(made or tensors.gating), constants.layouts,
+                complete, x, h, bits, tensors.frozen, tensors.adapters(made), constants.layouts,
                 constants.scalings, modality_ids, constants.dropout, seed, ctx.needs, constants.backend,
             )
         )  # fmt: skip
@@ -222,12 +223,12 @@ def moda_group(
     constants = Constants(layouts, scalings, dropout, backend, modality, wants_gradients and within_backward())
     if not wants_gradients:
         made = () if modality is None else gates.below_autograd(tensors.gating, modality)
-        adapters = tensors.adapters(made or tensors.gating)
+        adapters = tensors.adapters(made)
         return below_autograd(x, tensors.frozen, adapters, modality_ids, seed, constants)
     outputs = MoDAGroup.apply(constants, x, modality_ids, seed, *flat)
     y, (h, bits, *made) = list(outputs[: len(scalings)]), outputs[len(scalings) :]
     if constants.outputs_later:
-        adapters = tensors.adapters(made or tensors.gating)
+        adapters = tensors.adapters(made)
         y = list(Outputs.apply(constants, x, h, modality_ids, tensors.frozen, adapters, *y))
     return y, h, bits
 

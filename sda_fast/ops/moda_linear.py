@@ -117,14 +117,14 @@ def moda_linear_group(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     scales, one_gate = list(scalings), ids is None and lines == {1}
     if may_fold and one_gate and dropout == 0 and not torch.is_grad_enabled():
-        adapters = interleaved(lora_A, lora_B, gates_for_rows(gates, modality))
+        adapters = Tensors(frozen, lora_A, lora_B, gates_for_rows(gates, modality)).adapters()
         evaluate = moda_evaluate_kernel if runs_here_and_now() else torch.ops.sda_fast.moda_evaluate
         y = evaluate(rows, frozen, adapters, layouts, scales, resolved, backend == "auto")
         return as_rows_of(x, y)
     drawn = seed_tensor(x, seed) if dropout > 0 else None
     if torch.compiler.is_compiling():
         # What Dynamo traces is merged by its operations (`sda_fast.moda.compiling`).
-        adapters = interleaved(lora_A, lora_B, gates_for_rows(gates, modality))
+        adapters = Tensors(frozen, lora_A, lora_B, gates_for_rows(gates, modality)).adapters()
         y, _, _ = torch.ops.sda_fast.moda_group(rows, frozen, adapters, layouts, scales, ids, dropout, drawn, resolved)
     else:
         gating, of_modality = gating_of(gates, modality)
@@ -136,11 +136,6 @@ def moda_linear_group(
 def as_rows_of(x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
     """[M, N] each, with x's leading dimensions."""
     return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in outputs]
-
-
-def interleaved(*kinds: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of the first layer, then those of the second, ..."""
-    return [tensor for layer in zip(*kinds, strict=True) for tensor in layer]
 
 
 def gating_of(gates: Sequence[Tensor | GateParameters], modality: int | None) -> tuple[list[Tensor], int | None]:
