@@ -113,8 +113,12 @@ def chosen(config: Any, device: torch.device) -> Sequence[Variant]:
         raise ValueError(f"methods must be among {', '.join(map(repr, names))}, got {', '.join(map(repr, unknown))}")
     wanted = [variant for variant in VARIANTS if not config.methods or variant.name in config.methods]
     if device.type == "cpu":
-        changes = {"steps": config.steps or CPU_STEPS, "warm_ups": 1, "profiled": False}
-        return [dataclasses.replace(variant, **changes) for variant in wanted if not variant.autocast]
+        changes = {"steps": config.steps or CPU_STEPS, "profiled": False}
+        return [
+            dataclasses.replace(variant, **changes, warm_ups=variant.warm_ups if variant.compiled else 1)
+            for variant in wanted
+            if not variant.autocast
+        ]
     main_steps = config.steps or MAIN.steps
     return [dataclasses.replace(one, steps=main_steps) if one.name == MAIN.name else one for one in wanted]
 

@@ -110,7 +110,7 @@ VARIANTS = (
     Variant(PEFT, peft_lora),
     Variant(LOOP, expert_loop, steps=3, warm_ups=1),
     Variant(FROZEN, no_adapter, profiled=True),
-    Variant("MoDA, compiled", moda, compiled=True, warm_ups=4, profiled=True),
+    Variant("MoDA, compiled", moda, compiled=True, warm_ups=8, profiled=True),
     Variant("MoDA, tower cached", moda, tower_cached=True),
     Variant("MoDA, chunks of 4", moda, chunk_size=4, steps=3, warm_ups=1),
     Variant(PEFT_AUTOCAST, peft_lora, autocast=True),
