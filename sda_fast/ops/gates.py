@@ -47,17 +47,22 @@ def moda_gates(gate_embedding: Tensor, gate_proj: Tensor, modality: int | None =
     Raises:
         ValueError: sizes do not fit, or there is no such modality.
     """
-    if gate_embedding.dim() != 2 or gate_proj.dim() != 2 or gate_embedding.shape[1] != gate_proj.shape[1]:
-        raise ValueError(
-            f"gate_embedding must be [modalities, gate_dim] and gate_proj [E, gate_dim], got "
-            f"{tuple(gate_embedding.shape)} and {tuple(gate_proj.shape)}"
-        )
+    check_sizes(gate_embedding, gate_proj)
     if modality is not None and not 0 <= modality < gate_embedding.shape[0]:
         raise ValueError(f"modality id {modality} is not below the number of modalities, {gate_embedding.shape[0]}")
     wanted = EVERY_MODALITY if modality is None else modality
     if runs_here_and_now():
         return gates_of(gate_embedding, gate_proj, wanted)
     return torch.ops.sda_fast.moda_gates([gate_embedding], [gate_proj], wanted)[0]
+
+
+def check_sizes(gate_embedding: Tensor, gate_proj: Tensor) -> None:
+    """Raises ValueError unless both are matrices of one width."""
+    if gate_embedding.dim() != 2 or gate_proj.dim() != 2 or gate_embedding.shape[1] != gate_proj.shape[1]:
+        raise ValueError(
+            f"gate_embedding must be [modalities, gate_dim] and gate_proj [E, gate_dim], got "
+            f"{tuple(gate_embedding.shape)} and {tuple(gate_proj.shape)}"
+        )
 
 
 def wanted_rows(gate_embedding: Tensor, modality: int) -> Tensor:

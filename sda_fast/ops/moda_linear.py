@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sda_fast.ops.gates import EVERY_MODALITY, GateParameters, moda_gates
+from sda_fast.ops.gates import EVERY_MODALITY, GateParameters, check_sizes, moda_gates
 from sda_fast.ops.moda_autograd import Tensors, moda_group
 from sda_fast.ops.moda_evaluate import moda_evaluate_kernel
 from sda_fast.ops.moda_group import layout_numbers, resolve_backend, runs_here_and_now
@@ -150,6 +150,7 @@ def gating_of(gates: Sequence[Tensor | GateParameters], modality: int | None) ->
 def shape_of(gates: Tensor | GateParameters) -> tuple[int, ...]:
     """[modalities, E] of gates, or of those to be made."""
     if isinstance(gates, GateParameters):
+        check_sizes(*gates)
         return gates.embedding.shape[0], gates.proj.shape[0]
     return tuple(gates.shape)
 

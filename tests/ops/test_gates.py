@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sda_fast import MoDALinear
 from sda_fast.ops.gates import moda_gates
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -87,3 +88,11 @@ def test_an_unknown_modality_is_refused(modality):
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"got \(3, 7\) and \(5, 6\)"):
         moda_gates(torch.zeros(3, 7), torch.zeros(5, 6))
+
+
+def test_a_layer_whose_gate_parameters_do_not_fit_is_refused_too():
+    layer = MoDALinear(torch.nn.Linear(4, 4), r=5, num_experts=5)
+    layer.gate_embedding.data = torch.zeros(3, 7)
+    layer.gate_proj.data = torch.zeros(5, 6)
+    with pytest.raises(ValueError, match=r"got \(3, 7\) and \(5, 6\)"):
+        layer(torch.zeros(2, 4), 0)
