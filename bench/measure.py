@@ -7,7 +7,7 @@ import gc
 import torch
 from torch import Tensor, nn
 
-from cmsa_run import resident_bytes, settled_bytes
+from cmsa_run import peak_of_a_step, resident_bytes, settled_bytes
 from sda_fast.ops.quantized import workspaces
 from sda_fast.timing import Step
 
@@ -19,12 +19,7 @@ def peak_bytes(step: Step, device: torch.device) -> int | None:
     gc.collect()
     workspaces.clear()
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_of_a_step(step)
     try:
         before = settled_bytes()
     except OSError:

@@ -19,6 +19,7 @@ from sda_fast.ops.folding import folded_weight
 from sda_fast.ops.kept_gates import KeptGates
 from sda_fast.ops.moda_group import resolve_backend
 from sda_fast.ops.moda_torch import Member
+from sda_fast.ops.not_copied import NotCopied
 from sda_fast.ops.quantized import describe_weight
 from sda_fast.ops.repacked import RepackedWeights
 
@@ -105,8 +106,8 @@ def fold_layer(layer: AdaptedLayer, modality_id: int, dtype: torch.dtype) -> Ten
         return folded_weight(member, dtype, backend=backend, use_library=use_library, out=out)
 
 
-class FoldedWeights:
-    """The kept weights of one layer, by modality id. Copies of the layer and files of it start without any."""
+class FoldedWeights(NotCopied):
+    """The kept weights of one layer, by modality id. Copies of the layer start without any."""
 
     def __init__(self) -> None:
         self.by_modality: dict[int, FoldedWeight] = {}
@@ -128,12 +129,6 @@ class FoldedWeights:
     def clear(self) -> None:
         """Free all of them."""
         self.by_modality.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedWeights:
-        return FoldedWeights()
-
-    def __reduce__(self) -> tuple[type[FoldedWeights], tuple[()]]:
-        return FoldedWeights, ()
 
 
 class FoldableLayer(nn.Module):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sda_fast.ops.gates import moda_gates
+from sda_fast.ops.not_copied import NotCopied
 
 
 class KeptValues:
@@ -30,7 +29,7 @@ class KeptValues:
         )
 
 
-class KeptGates:
+class KeptGates(NotCopied):
     """One layer's gates on a CPU, by modality, computed anew only when a byte of their parameters is another."""
 
     def __init__(self) -> None:
@@ -48,9 +47,3 @@ class KeptGates:
     def clear(self) -> None:
         """Free them."""
         self.by_modality.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KeptGates:
-        return KeptGates()
-
-    def __reduce__(self) -> tuple[type[KeptGates], tuple[()]]:
-        return KeptGates, ()

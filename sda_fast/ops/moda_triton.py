@@ -126,23 +126,25 @@ def backward(
     lora_A = stacked_A([member.lora_A for member in members])
     dropping: dict[str, Any] = {"dropout_p": dropout, "seed": seed, "needs_dA": needs_A}
     if not needs_x:
-        gradients.dA = dx_pass(x, dh, lora_A, None, dropping)
+        gradients.dA = dx_pass(x, dh, lora_A, None, **dropping)
     elif regimes.update_of_dx(dys[0], lora_A.shape[1], lora_A.shape[0]) == "before":
         dx = dys[0].new_empty(M, lora_A.shape[1])
-        gradients.dA = dx_pass(x, dh, lora_A, dx, dropping | {"adds": False})
+        gradients.dA = dx_pass(x, dh, lora_A, dx, adds=False, **dropping)
         gradients.dx = add_frozen_products(dx, dys, members)
     else:
         gradients.dx = add_frozen_products(None, dys, members)
-        gradients.dA = dx_pass(x, dh, lora_A, gradients.dx, dropping)
+        gradients.dA = dx_pass(x, dh, lora_A, gradients.dx, **dropping)
     return gradients
 
 
-def dx_pass(x: Tensor | None, dh: Tensor, lora_A: Tensor, dx: Tensor | None, options: dict[str, Any]) -> Tensor | None:
+def dx_pass(
+    x: Tensor | None, dh: Tensor, lora_A: Tensor, dx: Tensor | None, *, needs_dA: bool, **options: Any
+) -> Tensor | None:
     """dA, and dx updated in place where it is given."""
-    activations = [matrix for matrix in (x if options["needs_dA"] else None, dx) if matrix is not None]
+    activations = [matrix for matrix in (x if needs_dA else None, dx) if matrix is not None]
     if not activations:
         return None
-    return passes_for(lora_A.shape[0], *activations).dx_pass(x, dh, lora_A, dx, **options)
+    return passes_for(lora_A.shape[0], *activations).dx_pass(x, dh, lora_A, dx, needs_dA=needs_dA, **options)
 
 
 def add_frozen_products(dx: Tensor | None, dys: Sequence[Tensor], members: Sequence[Member]) -> Tensor | None:

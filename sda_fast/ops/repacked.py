@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sda_fast.ops.moda_group import without_autocast
+from sda_fast.ops.not_copied import NotCopied
 from sda_fast.ops.quantized import (
     WeightLayout,
     decode_absmax,
@@ -156,8 +157,8 @@ def output_of(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-class RepackedWeights:
-    """The copy that one layer keeps, or none. Copies of the layer and files of it start without."""
+class RepackedWeights(NotCopied):
+    """The copy that one layer keeps, or none. Copies of the layer start without."""
 
     def __init__(self) -> None:
         self.kept: RepackedWeight | None = None
@@ -176,9 +177,3 @@ class RepackedWeights:
     def clear(self) -> None:
         """Free it."""
         self.kept = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RepackedWeights:
-        return RepackedWeights()
-
-    def __reduce__(self) -> tuple[type[RepackedWeights], tuple[()]]:
-        return RepackedWeights, ()
