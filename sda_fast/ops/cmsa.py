@@ -293,7 +293,7 @@ def cmsa_forward(
     block_size: int,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and what its backward needs: the statistics [6, B] and the products that were kept.
+    """The loss, and what its backward needs: the statistics [11, B] and the products that were kept.
 
     `detach_teacher` matters to the backward alone.
     """
@@ -320,7 +320,7 @@ def _(
     dtype = compute_dtype(image_embeddings.dtype)
     return (
         image_embeddings.new_empty((), dtype=dtype),
-        image_embeddings.new_empty((6, image_embeddings.shape[0]), dtype=torch.float64),
+        image_embeddings.new_empty((11, image_embeddings.shape[0]), dtype=dtype),
         room_for_products(image_embeddings, soft, backend, block_size, workspace_bytes),
     )
 
