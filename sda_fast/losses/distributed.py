@@ -18,6 +18,7 @@ from torch import Tensor
 from sda_fast.ops.cmsa import (
     Backend,
     check_embeddings,
+    check_ways,
     checked_form,
     cmsa_loss,
     make_tiles,
@@ -157,7 +158,7 @@ def sharded_cmsa_loss(
         `cmsa_loss`.
 
     Raises:
-        ValueError: as in `cmsa_loss`.
+        TypeError, ValueError: as in `cmsa_loss`.
     """
     if not dist.is_initialized():
         return cmsa_loss(
@@ -172,8 +173,9 @@ def sharded_cmsa_loss(
             block_size=block_size,
             workspace_bytes=workspace_bytes,
         )
-    form = checked_form(targets, row_normalized_targets, block_size, workspace_bytes)
     check_embeddings(image_embeddings, text_embeddings, fewest_items=0)
+    check_ways(backend, block_size, workspace_bytes)
+    form = checked_form(targets, row_normalized_targets, detach_teacher)
     if normalize:
         image_embeddings, text_embeddings = normalized_rows(image_embeddings), normalized_rows(text_embeddings)
     options = {

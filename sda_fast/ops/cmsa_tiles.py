@@ -26,6 +26,7 @@ from sda_fast.ops.cmsa_sums import PlainRowSums, WholeSums
 Span = tuple[int, int]
 NATS_PER_BIT = math.log(2)
 CPU_BLOCK_SIZE = 256
+LEAST_BLOCK_SIZE = 32
 LARGE_BATCH = 2048
 
 
@@ -99,9 +100,12 @@ class Scales(NamedTuple):
 
 
 def block_size_within(workspace_bytes: int, items: int, dtype: torch.dtype, device_type: str) -> int:
-    """The edge of tiles whose buffers take at most `workspace_bytes`; on a CPU no larger than its caches like."""
+    """The edge of tiles whose buffers take at most `workspace_bytes`; on a CPU no larger than its caches like.
+
+    At least `LEAST_BLOCK_SIZE`: what a visit costs beside its products would take seconds with a few hundred items.
+    """
     edge = math.isqrt(workspace_bytes // (TorchTiles.BUFFERS * compute_dtype(dtype).itemsize))
-    edge = max(1, edge // 64 * 64 or edge)
+    edge = max(LEAST_BLOCK_SIZE, edge // 64 * 64 or edge)
     if device_type == "cpu":
         edge = min(edge, CPU_BLOCK_SIZE if items <= LARGE_BATCH else 2 * CPU_BLOCK_SIZE)
     return edge

@@ -7,7 +7,7 @@ import torch
 
 from sda_fast import cmsa_loss, infonce_loss
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss, naive_infonce_loss
-from sda_fast.ops.cmsa_tiles import TorchTiles, kept_shape
+from sda_fast.ops.cmsa_tiles import LEAST_BLOCK_SIZE, TorchTiles, block_size_within, kept_shape
 
 SHAPES = [(2, 1), (7, 5), (17, 8), (129, 17)]
 FORMS = [
@@ -263,13 +263,44 @@ def test_operations_pass_opcheck_and_compile_without_graph_breaks():
         ((torch.zeros(3, 4), torch.zeros(3, 4).double(), 1.0), "float32 and torch.float64"),
         ((torch.zeros(3, 4).long(), torch.zeros(3, 4).long(), 1.0), "int64"),
         ((torch.zeros(3, 4), torch.zeros(3, 4), 0.0), "positive and finite, got 0"),
-        ((torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor(-1.0)), "positive, got -1"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor(-1.0)), "positive and finite, got -1"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor(torch.nan)), "positive and finite, got nan"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor(torch.inf)), "positive and finite, got inf"),
         ((torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(2)), r"got shape \(2,\)"),
     ],
 )
 def test_wrong_inputs_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         cmsa_loss(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([[0.0]], torch.zeros(3, 4), 1.0), {}, "must be tensors, got list and Tensor"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4).numpy(), 1.0), {}, "must be tensors, got Tensor and ndarray"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), None), {}, "temperature must be a number or a tensor, got None"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), "2"), {}, "temperature must be a number or a tensor, got '2'"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), 1.0), {"block_size": 2.5}, "block_size must be an integer .*got 2.5"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), 1.0), {"workspace_bytes": 1e6}, "workspace_bytes must be an integer"),
+    ],
+    ids=str,
+)
+def test_wrong_types_are_named(arguments, options, message):
+    with pytest.raises(TypeError, match=message):
+        cmsa_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("option", ["row_normalized_targets", "detach_teacher"])
+def test_options_of_the_teacher_are_refused_with_hard_targets(option):
+    with pytest.raises(ValueError, match=f"{option} has no meaning"):
+        cmsa_loss(torch.zeros(3, 4), torch.zeros(3, 4), 1.0, targets="hard", **{option: True})
+
+
+def test_tiles_of_a_tiny_workspace_have_a_least_edge():
+    assert block_size_within(32, 300, torch.float32, "cpu") == LEAST_BLOCK_SIZE
+    x, y = embeddings(70, 6)
+    torch.testing.assert_close(cmsa_loss(x, y, 1.0, workspace_bytes=32), cmsa_loss(x, y, 1.0))
 
 
 @pytest.mark.parametrize(
