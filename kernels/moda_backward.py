@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import LaunchConfig, cdiv, config_for, next_power_of_2, padded_rank, programs_wanted
 from sda_fast.kernels.gating import gate_rows, gates_are_per_row, load_gated
+from sda_fast.kernels.launching import kernel
 from sda_fast.kernels.moda_forward import (
     LARGEST_RANK_BLOCK,
     launch_expand_add,
@@ -30,7 +30,7 @@ LARGEST_FUSED_DY_RANK = 32
 LARGEST_FUSED_DX_RANK = 64
 
 
-@triton.jit
+@kernel
 def dy_kernel(
     dy_ptr,
     h_ptr,
@@ -103,7 +103,7 @@ def dy_kernel(
         tl.store(dB_ptrs, accumulator, mask=column_mask[:, None] & rank_mask[None, :])
 
 
-@triton.jit
+@kernel
 def gate_kernel(
     dhg_ptr,
     h_ptr,
@@ -161,7 +161,7 @@ def gate_kernel(
                 tl.store(partial_ptrs, of_modality, mask=experts < E)
 
 
-@triton.jit
+@kernel
 def dx_kernel(
     x_ptr,
     dh_ptr,

@@ -7,17 +7,17 @@ accumulated in float32; A, B and h * G are rounded to the dtype of the activatio
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import LaunchConfig, cdiv, config_for, padded_rank, programs_wanted, rank_block
 from sda_fast.kernels.gating import gates_are_per_row, load_gated
+from sda_fast.kernels.launching import kernel
 from sda_fast.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
 LARGEST_RANK_BLOCK = 256
 
 
-@triton.jit
+@kernel
 def project_kernel(
     x_ptr,
     weight_ptr,
@@ -70,7 +70,7 @@ def project_kernel(
     tl.store(h_ptrs, accumulator, mask=row_mask[:, None] & rank_mask[None, :])
 
 
-@triton.jit
+@kernel
 def expand_add_kernel(
     y_ptr,
     bias_ptr,

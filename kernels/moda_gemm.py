@@ -7,18 +7,18 @@ distance between this GEMM and the library's. Which one runs is decided by a mea
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import LaunchConfig, cdiv, padded_rank, rank_block
 from sda_fast.kernels.gating import gates_are_per_row, load_gated
+from sda_fast.kernels.launching import kernel
 
 BLOCK_K = 64
 # Bytes per element of the activations -> configuration
 CONFIGS = {2: LaunchConfig(128, 128, 8, 3), 4: LaunchConfig(64, 64, 8, 2)}
 
 
-@triton.jit
+@kernel
 def gated_linear_kernel(
     x_ptr,
     weight_ptr,

@@ -1,0 +1,73 @@
+"""Kernels that remember what their launches compiled to.
+
+`triton.jit` looks at every argument of every launch, with its own rules and the environment's switches, to find the
+binary that belongs to it: 40 to 60 microseconds of the host's time for kernels with as many arguments as ours, longer
+than many of them run. A `Kernel` finds it by the arguments' types and values, and asks Triton when it meets new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+# Every number of rows is an entry; one takes about a kilobyte.
+LARGEST_NUMBER_OF_LAUNCHES = 4096
+POINTER_ALIGNMENT = 16
+
+
+class Kernel(JITFunction[Any]):
+    """A `triton.jit` function whose repeated launches cost the host little.
+
+    What is remembered of a launch tells apart all that Triton does: dtype and alignment of each pointer, the value of
+    every number, constants and options, and the device. Switches of Triton that change in a running process
+    (TRITON_DEBUG, hooks that choose compiler passes) count for new launches only.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self.constants = [self.arg_names[place] for place in self.constexprs]
+        if self.arg_names[len(self.arg_names) - len(self.constants) :] != self.constants:
+            raise ValueError(f"{function.__name__}: constants must follow the other arguments")
+        self.number_of_pointers = sum(name.endswith("_ptr") for name in self.arg_names)
+        self.launches: dict[tuple[Any, ...], CompiledKernel] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self.launch, grid)
+
+    def launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Launch on the current device and stream.
+
+        Args:
+            grid: number of programs, up to three sizes.
+            arguments: all that are not constants, in the kernel's order.
+            constants: the kernel's constants and Triton's options, in any order, but always the same from one place.
+        """
+        pointers, numbers = arguments[: self.number_of_pointers], arguments[self.number_of_pointers :]
+        key = (
+            driver.active.get_current_device(),
+            *[None if one is None else (one.dtype, one.data_ptr() % POINTER_ALIGNMENT) for one in pointers],
+            *map(type, numbers),
+            *numbers,
+            *constants.items(),
+        )
+        compiled = self.launches.get(key)
+        if compiled is None:
+            compiled = self.run(*arguments, grid=grid, warmup=False, **constants)
+            if isinstance(compiled, CompiledKernel):
+                if len(self.launches) >= LARGEST_NUMBER_OF_LAUNCHES:
+                    self.launches.clear()
+                self.launches[key] = compiled
+        else:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *map(constants.__getitem__, self.constants))
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorator in place of `triton.jit` for kernels that the host launches."""
+    return triton.jit(function) if knobs.runtime.interpret else Kernel(function)

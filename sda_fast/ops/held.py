@@ -1,0 +1,40 @@
+"""Tensors that backward reads and that exist anyway, kept without autograd's hooks for saved tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was modified in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class HeldTensors:
+    """Frozen weights and parameters, from forward to backward.
+
+    Saved for backward they would pass through every hook for saved tensors, one by one: checkpointing's, which hands
+    them from one table to another for each layer, and offloading's, which would copy them to another device. As for
+    saved tensors a change in place in between is an error.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.versions = [*map(version_of, tensors)]
+
+    def get(self) -> Sequence[Tensor]:
+        """The tensors.
+
+        Raises:
+            RuntimeError: one was modified in place since.
+        """
+        for tensor, version in zip(self.tensors, self.versions, strict=True):
+            if version_of(tensor) != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"a frozen weight or an adapter's parameter, {tensor.dtype} {tuple(tensor.shape)}, is at version "
+                    f"{version_of(tensor)}, expected version {version}"
+                )
+        return self.tensors
