@@ -8,27 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import cdiv, next_power_of_2
+from sda_fast.kernels.group import filled, pointer_of
 from sda_fast.kernels.launching import kernel
 
-LAYERS_PER_LAUNCH = 3
 LARGEST_BLOCK_D, ELEMENTS_PER_TILE = 64, 4096
-
-
-@triton.jit
-def of_layer(layer, first, second, third, LAYERS: tl.constexpr):
-    """The pointer that belongs to a layer."""
-    pointer = first
-    if LAYERS > 1:  # noqa: SIM102 - the outer condition is the compiler's, and decides whether there is a second one
-        if layer == 1:
-            pointer = second
-    if LAYERS > 2:  # noqa: SIM102
-        if layer == 2:
-            pointer = third
-    return pointer
 
 
 @kernel
@@ -48,8 +34,8 @@ def gates_kernel(
     BLOCK_D: tl.constexpr,
 ):
     layer, line = tl.program_id(0), tl.program_id(1)
-    embedding_ptr = of_layer(layer, embedding_0_ptr, embedding_1_ptr, embedding_2_ptr, LAYERS)
-    proj_ptr = of_layer(layer, proj_0_ptr, proj_1_ptr, proj_2_ptr, LAYERS)
+    embedding_ptr = pointer_of(layer, embedding_0_ptr, embedding_1_ptr, embedding_2_ptr, LAYERS)
+    proj_ptr = pointer_of(layer, proj_0_ptr, proj_1_ptr, proj_2_ptr, LAYERS)
     experts = tl.arange(0, BLOCK_E)
     expert_mask = experts < E
     logits = tl.zeros((BLOCK_E,), dtype=tl.float32)
@@ -94,10 +80,10 @@ def gates_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     layer = tl.program_id(0)
-    dgates_ptr = of_layer(layer, dgates_0_ptr, dgates_1_ptr, dgates_2_ptr, LAYERS)
-    gates_ptr = of_layer(layer, gates_0_ptr, gates_1_ptr, gates_2_ptr, LAYERS)
-    embedding_ptr = of_layer(layer, embedding_0_ptr, embedding_1_ptr, embedding_2_ptr, LAYERS)
-    proj_ptr = of_layer(layer, proj_0_ptr, proj_1_ptr, proj_2_ptr, LAYERS)
+    dgates_ptr = pointer_of(layer, dgates_0_ptr, dgates_1_ptr, dgates_2_ptr, LAYERS)
+    gates_ptr = pointer_of(layer, gates_0_ptr, gates_1_ptr, gates_2_ptr, LAYERS)
+    embedding_ptr = pointer_of(layer, embedding_0_ptr, embedding_1_ptr, embedding_2_ptr, LAYERS)
+    proj_ptr = pointer_of(layer, proj_0_ptr, proj_1_ptr, proj_2_ptr, LAYERS)
     experts = tl.arange(0, BLOCK_E)
     entries = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     expert_mask, entry_mask = experts < E, entries < D
@@ -123,9 +109,9 @@ def gates_backward_kernel(
         tl.store(dproj_ptrs, dproj.to(dproj_ptr.dtype.element_ty), mask=mask)
 
 
-def filled(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Dense tensors for the kernels' places, None where there is no such layer."""
-    return [*(tensor.contiguous() for tensor in tensors), *[None] * (LAYERS_PER_LAUNCH - len(tensors))]
+def dense(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Dense tensors for the kernels' places."""
+    return filled([tensor.contiguous() for tensor in tensors], None)
 
 
 def blocks(experts: int, gate_dim: int) -> dict[str, int]:
@@ -151,8 +137,8 @@ def gates_of_layers(
     gates = torch.empty(layers, lines, experts, dtype=torch.float32, device=projs[0].device)
     if gates.numel():
         gates_kernel[(layers, lines)](
-            *filled(embeddings),
-            *filled(projs),
+            *dense(embeddings),
+            *dense(projs),
             gates,
             experts,
             gate_dim,
@@ -188,10 +174,10 @@ def gates_backward_of_layers(
     dprojs = projs[0].new_empty(layers, experts, gate_dim) if needs_proj else None
     constants = blocks(experts, gate_dim)
     gates_backward_kernel[(layers, cdiv(gate_dim, constants["BLOCK_D"]))](
-        *filled(dgates),
-        *filled(gates),
-        *filled(embeddings),
-        *filled(projs),
+        *dense(dgates),
+        *dense(gates),
+        *dense(embeddings),
+        *dense(projs),
         dembeddings,
         dprojs,
         experts,

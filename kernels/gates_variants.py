@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from sda_fast.kernels import gates
 from sda_fast.kernels.gate import KernelVariant
+from sda_fast.kernels.group import LAYERS_PER_LAUNCH
 
 EXPERTS, ENTRIES, MODALITIES = 8, 64, 2
 NAMES = ("embedding", "proj")
 
 
 def _pointers(names: tuple[str, ...], type_name: str, layers: int) -> tuple[dict[str, str], dict[str, object]]:
-    places = [(name, place) for name in names for place in range(gates.LAYERS_PER_LAUNCH)]
+    places = [(name, place) for name in names for place in range(LAYERS_PER_LAUNCH)]
     present = {f"{name}_{place}_ptr": f"*{type_name}" for name, place in places if place < layers}
     return present, {f"{name}_{place}_ptr": None for name, place in places if place >= layers}
 

@@ -9,6 +9,7 @@ import torch
 from sda_fast.kernels import moda_backward, moda_forward, moda_gemm
 from sda_fast.kernels.configs import config_for, padded_rank, rank_block
 from sda_fast.kernels.gate import KernelVariant
+from sda_fast.kernels.group import LAYERS_PER_LAUNCH
 
 M, K, N = 8192, 3584, 3584
 MODALITIES, EXPERTS = 2, 8
@@ -25,7 +26,10 @@ GATE_SIGNATURE = {
     "rank_per_expert": "i32",
     "scaling": "fp32",
 }
-SIZES = ("M", "N", "K", "R", "stride_h_row", "stride_x_row", "stride_y_row", "stride_dy_row", "stride_dx_row")
+PLACES = ("", *(f"_{place}" for place in range(1, LAYERS_PER_LAUNCH)))
+WIDTHS = tuple(f"N{which}" for which in PLACES)
+OF_LAYERS = tuple(f"stride_{name}{which}_row" for name in ("y", "dy") for which in PLACES)
+SIZES = ("M", *WIDTHS, "K", "R", "stride_h_row", "stride_x_row", *OF_LAYERS, "stride_dx_row")
 STRIDES = (
     "stride_weight_rank",
     "stride_weight_row",
@@ -46,6 +50,20 @@ def _ids(gating: Gating) -> tuple[dict[str, str], dict[str, object]]:
     if gating == "by id":
         return {"modality_ids_ptr": "*i32"}, per_row
     return {}, {"modality_ids_ptr": None, **per_row}
+
+
+def _layers(names: tuple[str, ...], signature: dict[str, str], layers: int) -> tuple[dict[str, str], dict[str, object]]:
+    """Arguments of the layers after the first: signature of those that are there, constants for the others."""
+    present: dict[str, str] = {}
+    absent: dict[str, object] = {"LAYERS": layers}
+    for place in range(1, LAYERS_PER_LAUNCH):
+        for name in names:
+            is_there = place < layers and name in signature
+            if is_there:
+                present[f"{name.removesuffix('_ptr')}_{place}_ptr"] = signature[name]
+            else:
+                absent[f"{name.removesuffix('_ptr')}_{place}_ptr"] = None
+    return present, absent
 
 
 def _named(name: str, gating: Gating) -> str:
@@ -115,13 +133,24 @@ def expand(type_name: str, rank: int, gating: Gating = "by id") -> KernelVariant
     return _expand(f"expand {type_name} R={rank} bias", type_name, rank, gating, adds=False)
 
 
+def expand_group(type_name: str, rank: int, gating: Gating = "one gate", layers: int = 3) -> KernelVariant:
+    return _expand(f"expand {type_name} R={rank} layers={layers}", type_name, rank, gating, adds=False, layers=layers)
+
+
 def expand_dx(type_name: str, rank: int, adds: bool) -> KernelVariant:
     name = f"dx only {type_name} R={rank} dropout" + " written" * (not adds)
     return _expand(name, type_name, rank, is_gated=False, adds=adds)
 
 
 def _expand(
-    name: str, type_name: str, rank: int, gating: Gating = "one gate", *, is_gated: bool = True, adds: bool = True
+    name: str,
+    type_name: str,
+    rank: int,
+    gating: Gating = "one gate",
+    *,
+    is_gated: bool = True,
+    adds: bool = True,
+    layers: int = 1,
 ) -> KernelVariant:
     has_bias = is_gated and not adds
     config = config_for("expand_add", TYPES[type_name], rank)
@@ -129,22 +158,25 @@ def _expand(
     size = TYPES[type_name].itemsize
     moved = (1 + adds) * M * N * size + M * rank * 4 + N * rank * 4
     unit, strided = ("rank", "column") if is_gated else ("column", "rank")
-    integers = ("M", "N", "stride_y_row", f"stride_weight_{strided}", "threshold")
+    integers = ("M", *WIDTHS, *(f"stride_y{which}_row" for which in PLACES), f"stride_weight_{strided}", "threshold")
+    signature = {
+        **GATE_SIGNATURE,
+        **ids_signature,
+        **({"bias_ptr": f"*{type_name}"} if has_bias else {}),
+        "y_ptr": f"*{type_name}",
+        "weight_ptr": "*fp32",
+        "seed_ptr": "*i64",
+        "keep_scale": "fp32",
+        **dict.fromkeys(integers, "i32"),
+    }
+    of_layers, absent = _layers(("y_ptr", "bias_ptr", "weight_ptr", "gates_ptr"), signature, layers)
     return KernelVariant(
         name=_named(name, gating) if is_gated else name,
         kernel=moda_forward.expand_add_kernel,
-        signature={
-            **GATE_SIGNATURE,
-            **ids_signature,
-            **({"bias_ptr": f"*{type_name}"} if has_bias else {}),
-            "y_ptr": f"*{type_name}",
-            "weight_ptr": "*fp32",
-            "seed_ptr": "*i64",
-            "keep_scale": "fp32",
-            **dict.fromkeys(integers, "i32"),
-        },
+        signature={**signature, **of_layers},
         constexprs={
             **ids_constexprs,
+            **absent,
             **({} if has_bias else {"bias_ptr": None}),
             f"stride_weight_{unit}": 1,
             "ADDS": adds,
@@ -205,7 +237,7 @@ def gated_linear(type_name: str, rank: int) -> KernelVariant:
     )
 
 
-def dy_pass(type_name: str, rank: int, gating: Gating = "by id") -> KernelVariant:
+def dy_pass(type_name: str, rank: int, gating: Gating = "by id", layers: int = 1) -> KernelVariant:
     config = config_for("dy_pass", TYPES[type_name], rank)
     fused = padded_rank(rank) <= moda_backward.LARGEST_FUSED_DY_RANK
     ids_signature, ids_constexprs = _ids(gating)
@@ -214,21 +246,25 @@ def dy_pass(type_name: str, rank: int, gating: Gating = "by id") -> KernelVarian
     chunks = _chunks(config.block_m, blocks_of_columns)
     floor = M * N * size + 2 * M * rank * 4 + 2 * N * rank * 4
     parts = 2 * chunks * N * rank * 4 + (2 * blocks_of_columns * M * rank * 4 if fused else 0)
-    integers = ("M", "N", "stride_dy_row", "stride_B_row", "blocks_per_chunk")
+    integers = ("M", *WIDTHS, *(f"stride_dy{which}_row" for which in PLACES), "stride_B_row", "blocks_per_chunk")
+    signature = {
+        **GATE_SIGNATURE,
+        **ids_signature,
+        "dy_ptr": f"*{type_name}",
+        "lora_B_ptr": "*fp32",
+        "dB_ptr": "*fp32",
+        "dhg_ptr": "*fp32",
+        **dict.fromkeys(integers, "i32"),
+    }
+    of_layers, absent = _layers(("dy_ptr", "lora_B_ptr", "gates_ptr"), signature, layers)
+    name = f"dy_pass {type_name} R={rank}" + ("" if fused else " dB only") + f" layers={layers}" * (layers > 1)
     return KernelVariant(
-        name=_named(f"dy_pass {type_name} R={rank}" + ("" if fused else " dB only"), gating),
+        name=_named(name, gating),
         kernel=moda_backward.dy_kernel,
-        signature={
-            **GATE_SIGNATURE,
-            **ids_signature,
-            "dy_ptr": f"*{type_name}",
-            "lora_B_ptr": "*fp32",
-            "dB_ptr": "*fp32",
-            "dhg_ptr": "*fp32",
-            **dict.fromkeys(integers, "i32"),
-        },
+        signature={**signature, **of_layers},
         constexprs={
             **ids_constexprs,
+            **absent,
             "NEEDS_DHG": fused,
             "NEEDS_DB": True,
             "BLOCK_M": config.block_m,
@@ -245,25 +281,28 @@ def dy_pass(type_name: str, rank: int, gating: Gating = "by id") -> KernelVarian
     )
 
 
-def gate_gradient(rank: int, gating: Gating) -> KernelVariant:
+def gate_gradient(rank: int, gating: Gating, layers: int = 1) -> KernelVariant:
     ids_signature, ids_constexprs = _ids(gating)
     block_inner = padded_inner = max(1, rank // EXPERTS)
     parts = N // 256
     floor = 3 * M * rank * 4
-    integers = ("M", "E", "parts", "stride_dhg_part", "stride_dh_row", "modalities")
+    integers = ("M", "E", "parts", "parts_1", "parts_2", "stride_dhg_part", "stride_dh_row", "modalities")
+    signature = {
+        **GATE_SIGNATURE,
+        **ids_signature,
+        "dhg_ptr": "*fp32",
+        "dh_ptr": "*fp32",
+        "dgates_ptr": "*fp32",
+        **dict.fromkeys(integers, "i32"),
+    }
+    of_layers, absent = _layers(("gates_ptr",), signature, layers)
     return KernelVariant(
-        name=_named(f"gate gradient R={rank}", gating),
+        name=_named(f"gate gradient R={rank}" + f" layers={layers}" * (layers > 1), gating),
         kernel=moda_backward.gate_kernel,
-        signature={
-            **GATE_SIGNATURE,
-            **ids_signature,
-            "dhg_ptr": "*fp32",
-            "dh_ptr": "*fp32",
-            "dgates_ptr": "*fp32",
-            **dict.fromkeys(integers, "i32"),
-        },
+        signature={**signature, **of_layers},
         constexprs={
             **ids_constexprs,
+            **absent,
             "NEEDS_DH": True,
             "NEEDS_GATES": True,
             "BLOCK_M": max(1, 1024 // (EXPERTS * block_inner)),
@@ -335,6 +374,11 @@ VARIANTS = (
     *(gated_linear("bf16", rank) for rank in (16, 256)),
     *(dy_pass("bf16", rank) for rank in (16, 32, 64, 128, 256)),
     *(dy_pass("bf16", rank, "one gate") for rank in (16, 64)),
+    *(expand_group("bf16", rank, layers=layers) for rank in (16, 64) for layers in (2, 3)),
+    *(dy_pass("bf16", rank, "one gate", layers) for rank in (16, 32) for layers in (2, 3)),
+    expand_group("bf16", 16, "by id"),
+    dy_pass("bf16", 16, "by id", 3),
+    gate_gradient(16, "one gate", 3),
     dy_pass("bf16", 16, "row gates"),
     *(gate_gradient(rank, gating) for rank in (16, 256) for gating in ("by id", "row gates", "one gate")),
     *(dx_pass("bf16", rank, True) for rank in (16, 32, 64, 128, 256)),

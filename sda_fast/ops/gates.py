@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from sda_fast.ops import cuda_library
 from sda_fast.ops.moda_group import TRITON_DTYPES, TRITON_INSTALLED, runs_here_and_now, without_autocast
 from sda_fast.ops.moda_torch import wide
+from sda_fast.ops.runs import equal_runs
 
 EVERY_MODALITY = -1
-LAYERS_PER_LAUNCH = 3
 
 
 class GateParameters(NamedTuple):
@@ -86,17 +86,9 @@ def moda_gates_kernel(gate_embeddings: Sequence[Tensor], gate_projs: Sequence[Te
 
 
 def runs_of_equal_layers(gate_embeddings: Sequence[Tensor], gate_projs: Sequence[Tensor]) -> list[slice]:
-    """The layers cut into runs that have the same sizes and dtypes and are not too many for one launch."""
-    runs: list[slice] = []
-    before = None
-    for place, (embedding, proj) in enumerate(zip(gate_embeddings, gate_projs, strict=True)):
-        kind = (embedding.shape, embedding.dtype, proj.shape, proj.dtype)
-        if kind == before and place - runs[-1].start < LAYERS_PER_LAUNCH:
-            runs[-1] = slice(runs[-1].start, place + 1)
-        else:
-            runs.append(slice(place, place + 1))
-        before = kind
-    return runs
+    """Layers of the same sizes and dtypes."""
+    pairs = zip(gate_embeddings, gate_projs, strict=True)
+    return equal_runs([(one.shape, one.dtype, proj.shape, proj.dtype) for one, proj in pairs])
 
 
 def takes_triton(gate_embeddings: Sequence[Tensor], gate_projs: Sequence[Tensor]) -> bool:

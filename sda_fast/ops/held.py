@@ -12,6 +12,14 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """`version_of` each."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [version_of(tensor) for tensor in tensors]
+
+
 class HeldTensors:
     """Frozen weights and parameters, from forward to backward.
 
@@ -22,7 +30,7 @@ class HeldTensors:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
-        self.versions = [*map(version_of, tensors)]
+        self.versions = versions_of(tensors)
 
     def get(self) -> Sequence[Tensor]:
         """The tensors.
@@ -30,11 +38,15 @@ class HeldTensors:
         Raises:
             RuntimeError: one was modified in place since.
         """
-        for tensor, version in zip(self.tensors, self.versions, strict=True):
-            if version_of(tensor) != version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"a frozen weight or an adapter's parameter, {tensor.dtype} {tuple(tensor.shape)}, is at version "
-                    f"{version_of(tensor)}, expected version {version}"
-                )
+        versions = versions_of(self.tensors)
+        if versions != self.versions:
+            place = next(
+                place for place, (now, then) in enumerate(zip(versions, self.versions, strict=True)) if now != then
+            )
+            tensor = self.tensors[place]
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"frozen weight or an adapter's parameter, {tensor.dtype} {tuple(tensor.shape)}, is at version "
+                f"{versions[place]}, expected version {self.versions[place]}"
+            )
         return self.tensors
