@@ -73,7 +73,7 @@ CONFIGS: dict[tuple[str, int, int], LaunchConfig] = {
     ("dy_pass", 2, 32): LaunchConfig(32, 256, 8, 3),
     ("dy_pass", 2, 64): LaunchConfig(32, 128, 4, 3),
     ("dy_pass", 2, 128): LaunchConfig(32, 128, 8, 3),
-    ("dy_pass", 2, 256): LaunchConfig(32, 64, 8, 3),
+    ("dy_pass", 2, 256): LaunchConfig(32, 64, 8, 2),
     ("dy_pass", 4, 16): LaunchConfig(32, 128, 8, 2),
     ("dy_pass", 4, 32): LaunchConfig(32, 64, 8, 2),
     ("dy_pass", 4, 64): LaunchConfig(32, 64, 8, 2),
