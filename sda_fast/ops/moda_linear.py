@@ -50,7 +50,8 @@ def moda_linear(
     Returns:
         [..., N] in x's dtype. Differentiable once, in x, lora_A, lora_B and gates.
     Raises:
-        ValueError: shapes do not fit, an id is out of range (not checked for ids on a GPU), or a frozen part requires grad.
+        ValueError: shapes do not fit, an id is out of range (ids on a GPU are not checked), or a frozen part requires
+            grad.
         RuntimeError: backend="triton" cannot run here.
     """
     return moda_linear_group(
@@ -84,6 +85,9 @@ def moda_linear_group(
     may_fold: bool = False,
 ) -> list[Tensor]:
     """`moda_linear` for several layers that read the same x, which is then read once for all of them.
+
+    Which gradients are needed is asked of the whole group: where one layer's lora_A requires grad, those of all are
+    computed, and likewise for lora_B and for the gates. Layers of which some are frozen are cheaper apart.
 
     Args:
         weights, lora_A, lora_B, gates, scalings, biases: one entry per layer, as in `moda_linear`; ranks, experts and
