@@ -53,7 +53,7 @@ step nf4 45 "$python" -m sda_fast.cli bench --what nf4 --device cuda --seconds 0
     --output "$results"
 step cmsa 30 "$python" -m sda_fast.cli bench --what cmsa --device cuda --items 8192 65536 --dimensions 3584 --seconds 0.3 \
     --methods ours "plain PyTorch" "as in open_clip" --limit 12 --no-picture --output "$results"
-# A compilation takes as long as measuring three cases.
+# A second run goes on with the cases that this one had no time for. A compilation takes as long as measuring three cases.
 step layers 50 "$python" -m sda_fast.cli bench --device cuda --seconds 0.5 --limit 35 --compile-cases 1 --no-picture \
     --output "$results"
 cat "$results/tune.log" "$results/speed.log" "$results/nf4.log" "$results/cmsa.log"
