@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -231,6 +232,14 @@ def test_without_a_checkout_the_command_says_what_to_do(
     monkeypatch.chdir(tmp_path)
     assert main(["bench"]) == 2
     assert "get a checkout of sda-fast" in capsys.readouterr().err
+
+
+def test_the_steps_of_the_gpu_script_fit_the_time_it_promises() -> None:
+    script = (bench_folder() / "gpu.sh").read_text()
+    limits = {name: int(seconds) for name, seconds in re.findall(r"step (\w+) (\d+) ", script)}
+    assert len(limits) == 9 and "at most 8 minutes, 10 where the CUDA" in script
+    starting = 5
+    assert sum(limits.values()) + starting <= 600 and sum(limits.values()) - limits["library"] + starting <= 480
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
