@@ -236,7 +236,7 @@ def gated_linear(
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": block_k,
-            "BLOCK_R": rank_block(TYPES[type_name], rank),
+            "BLOCK_R": moda_gemm.ranks_at_once(TYPES[type_name], rank),
             "PADDED_R": padded_rank(rank),
             "GROUP_M": 8,
         },
