@@ -1,6 +1,6 @@
 """Time what the host does for one layer in evaluation on a GPU, every launch replaced by nothing; it needs no GPU.
 
-    python bench/host_cost.py [--other CHECKOUT] [--out bench/results/host-cost.json]
+    python bench/host_cost.py [--other CHECKOUT] [--out bench/results]
 
 With --other the same is measured of another checkout, in processes that take turns. What the launches themselves cost
 (Triton's launcher, cuBLAS) is not in it, nor is waiting for the device.
@@ -129,7 +129,7 @@ def in_process(checkout: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--other", type=Path, help="another checkout, measured in turns")
-    parser.add_argument("--out", type=Path, help="write the times here as JSON")
+    parser.add_argument("--out", type=Path, help="a folder: write the times there, into the file of this processor")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -152,11 +152,12 @@ def main() -> None:
 
 
 def write(out: Path, records: list[dict[str, Any]], checkouts: dict[str, Path]) -> None:
-    from layers import device_name, versions
+    from layers import device_name, results_file, versions
 
+    cpu = torch.device("cpu")
     revision = ["git", "rev-parse", "--short", "HEAD"]
     document = {
-        "device": device_name(torch.device("cpu")),
+        "device": device_name(cpu),
         "versions": versions(),
         "command": "python bench/host_cost.py" + " --other CHECKOUT" * (len(checkouts) > 1),
         "revisions": {
@@ -168,7 +169,7 @@ def write(out: Path, records: list[dict[str, Any]], checkouts: dict[str, Path]) 
         "turns; the ratio is the median of theirs; launches replaced by nothing",
         "records": records,
     }
-    out.write_text(json.dumps(document, indent=1) + "\n")
+    results_file(out, "host-cost", cpu).write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

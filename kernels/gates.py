@@ -14,7 +14,7 @@ from sda_fast.kernels.configs import cdiv, next_power_of_2
 from sda_fast.kernels.group import filled, pointer_of
 from sda_fast.kernels.launching import kernel
 
-LARGEST_BLOCK_D, ELEMENTS_PER_TILE = 64, 4096
+LARGEST_BLOCK_D, ELEMENTS_PER_TILE = 64, 2048
 
 
 @kernel

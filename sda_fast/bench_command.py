@@ -63,6 +63,11 @@ class BenchConfig:
         "finetune: run the planner too, a minute for each line; bench/finetune_plan.py does it later, without a GPU",
     )
     limit: float = setting(3600.0, "start no further case after so many seconds")
+    anew: bool = setting(
+        False,
+        "layer: measure again the cases that the results file has from the same device, versions, methods, seconds and "
+        "compile cases; otherwise a run goes on where the last one stopped",
+    )
     measure: bool = setting(True, "--no-measure only draws and writes tables from the results files there are")
     output: Path | None = setting(
         None, "folder of the results files (default: bench/results of the checkout; --tune: the user's cache folder)"

@@ -144,7 +144,7 @@ class MoDALinear(FoldableLayer):
                 y = self.shared_input.take(self, x, active)
                 if y is not None:
                     return y
-            modality_ids = active.resolve(self.modality_names, x.device)
+            modality_ids = active.resolve(self.modality_names, self.num_modalities, x.device)
         return apply_group([self], x, modality_ids)[0]
 
     def extra_repr(self) -> str:

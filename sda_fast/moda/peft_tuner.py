@@ -138,6 +138,10 @@ class MoDATunerLayer(FoldableLayer, BaseTunerLayer):
         return self._active("configs").lora_dropout
 
     @property
+    def num_modalities(self) -> int:
+        return self._active("configs").num_modalities
+
+    @property
     def modality_names(self) -> tuple[str, ...]:
         return tuple(self._active("configs").modality_names)
 
@@ -163,7 +167,8 @@ class MoDATunerLayer(FoldableLayer, BaseTunerLayer):
             y = self.shared_input.take(self, x, modality)
             if y is not None:
                 return y
-        return apply_group([self], x, modality.resolve(self.modality_names, x.device))[0]
+        ids = modality.resolve(self.modality_names, self.num_modalities, x.device)
+        return apply_group([self], x, ids)[0]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always an error: one merged weight cannot serve several modalities."""

@@ -68,7 +68,8 @@ class SharedInput:
 
     def compute(self, x: Tensor, active: ActiveModality) -> None:
         first = self.layers[0]
-        ids = active.resolve(first.modality_names, x.device)
+        modalities = min(layer.num_modalities for layer in self.layers)
+        ids = active.resolve(first.modality_names, modalities, x.device)
         self.outputs = list(apply_group(self.layers, x, ids))
         self.x, self.active, self.grad_enabled = x, active, torch.is_grad_enabled()
         self.version = version_of(x)

@@ -10,9 +10,9 @@ about as much as N * K elements' worth of work, the update beside the weight as 
 from `rows >= RATIO * N * K / (N + K)` on; where a kernel decodes a 4-bit weight anyway, folding is free of extra bytes
 and always chosen, the small product up to 64 rows. On a CPU bitsandbytes' product is taken up to 16 rows.
 
-The ratios were measured on: CPU, float32 and bfloat16 at rank 8 (bench/results/fold-cpu.json names the device); float16
-is taken to be as bfloat16, float64 as float32. The 16 rows: on two CPUs (bench/results/nf4-*.json). GPU: not measured;
-the ratio counts bytes (20 per weight element and fold, 4 N + 2 K per row otherwise, N = K).
+The ratios were measured on: CPU, float32 and bfloat16 at rank 8 (bench/results/fold-amd-epyc-2-cores.json); float16 is
+taken to be as bfloat16, float64 as float32. The 16 rows: on two CPUs (bench/results/nf4-*.json). GPU: not measured; the
+ratio counts bytes (20 per weight element and fold, 4 N + 2 K per row otherwise, N = K).
 """
 
 from __future__ import annotations

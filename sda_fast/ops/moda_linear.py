@@ -40,7 +40,7 @@ def moda_linear(
         lora_B: [N, R], stacked likewise in columns.
         gates: [num_modalities, E] after softmax; without modality_ids [rows, E] or [1, E], one line per row or for all.
         modality_ids: one per sequence ([B] for x [B, ..., K]) or one per token (x's shape without K), integers below
-            num_modalities; or one int for all.
+            num_modalities; or one int for all. Ids on another device are moved to x's.
         scaling: alpha / r.
         bias: [N] or None; frozen.
         dropout: probability of dropping an element of x on its way to A; 0 in evaluation.
@@ -50,7 +50,8 @@ def moda_linear(
     Returns:
         [..., N] in x's dtype. Differentiable once, in x, lora_A, lora_B and gates.
     Raises:
-        ValueError: shapes do not fit, an id is out of range (checked for ids on a CPU), or a frozen part requires grad.
+        ValueError: shapes do not fit, an id is out of range (ids on a GPU are not checked), or a frozen part requires
+            grad.
         RuntimeError: backend="triton" cannot run here.
     """
     return moda_linear_group(
@@ -84,6 +85,9 @@ def moda_linear_group(
     may_fold: bool = False,
 ) -> list[Tensor]:
     """`moda_linear` for several layers that read the same x, which is then read once for all of them.
+
+    Which gradients are needed is asked of the whole group: where one layer's lora_A requires grad, those of all are
+    computed, and likewise for lora_B and for the gates. Layers of which some are frozen are cheaper apart.
 
     Args:
         weights, lora_A, lora_B, gates, scalings, biases: one entry per layer, as in `moda_linear`; ranks, experts and
@@ -191,7 +195,7 @@ def ids_of(x: Tensor, modality_ids: Tensor | Sequence[int] | int | None, modalit
         if not 0 <= modality_ids < modalities:
             raise ValueError(f"modality id {modality_ids} is not below the number of modalities, {modalities}")
         return None
-    ids = torch.as_tensor(modality_ids, device=x.device)
+    ids = torch.as_tensor(modality_ids)
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"modality_ids must be integers, got {ids.dtype}")
     leading = x.shape[:-1]
@@ -200,12 +204,13 @@ def ids_of(x: Tensor, modality_ids: Tensor | Sequence[int] | int | None, modalit
             f"modality_ids has shape {tuple(ids.shape)} but x has {leading[0] if leading else 1} sequences and "
             f"leading shape {tuple(leading)}: give one id per sequence or one per token"
         )
+    # Looking at ids on a GPU would wait for it.
     checkable = ids.device.type == "cpu" and not torch.compiler.is_compiling()
     if checkable and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < modalities:
         raise ValueError(
             f"modality_ids run from {int(ids.min())} to {int(ids.max())} but there are {modalities} modalities"
         )
-    return ids.reshape(-1).to(torch.int64)
+    return ids.reshape(-1).to(device=x.device, dtype=torch.int64)
 
 
 def check_layer(x: Tensor, N: int, K: int, lora_A: Tensor, lora_B: Tensor, gates: Sequence[int]) -> None:

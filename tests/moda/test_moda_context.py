@@ -271,3 +271,13 @@ def test_an_unknown_name_and_an_id_too_large_are_errors_at_the_layer() -> None:
         one(x)
     with modality([0, 2]), pytest.raises(ValueError, match="2 modalities"):
         one(x)
+
+
+def test_ids_on_a_cpu_are_checked_before_they_are_moved_to_another_device() -> None:
+    elsewhere = torch.empty(2, 8, device="meta")
+    with modality([0, 2]), pytest.raises(ValueError, match="go up to 2 but there are 2 modalities"):
+        layer()(elsewhere)
+    active = modality([0, 2]).modality
+    assert active.resolve((), 3, elsewhere.device).device.type == "meta"
+    with pytest.raises(ValueError, match="go up to 2"):
+        active.resolve((), 2, elsewhere.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sda_fast
 from sda_fast.ops.dropout import dropout_scale, keep_mask
-from sda_fast.ops.moda_linear import moda_linear, moda_linear_group
+from sda_fast.ops.moda_linear import ids_of, moda_linear, moda_linear_group
 from sda_fast.ops.moda_naive import moda_linear_naive
 from sda_fast.ops.quantized import decode, describe_weight
 
@@ -324,6 +324,20 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs_dtypes
 def test_wrong_arguments_are_errors_that_quote_them(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         moda_linear(**{**case(((2, 3), 17, 9, 8, 4), "per sequence"), **change})
+
+
+@pytest.mark.parametrize("ids", [[0, 3], torch.tensor([0, 3]), torch.tensor([0, -1])], ids=str)
+def test_ids_on_a_cpu_are_checked_though_x_is_elsewhere(ids: Any) -> None:
+    x = torch.empty(2, 3, 17, device="meta")
+    with pytest.raises(ValueError, match="but there are 3 modalities"):
+        ids_of(x, ids, 3)
+
+
+def test_ids_are_moved_to_x_as_int64() -> None:
+    x = torch.empty(2, 3, 17, device="meta")
+    moved = ids_of(x, torch.tensor([0, 3], dtype=torch.int32), 4)
+    assert moved is not None
+    assert (moved.device, moved.dtype, moved.shape) == (x.device, torch.int64, (2,))
 
 
 def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
