@@ -230,7 +230,10 @@ def choose_chunk_size(encode: Encode, images: Any, texts: Any, *, free_bytes: in
     for batch, modality in ((images, "image"), (texts, "text")):
         if batch_length(batch) < 2:
             return 1
-        one, device = _bytes_for_step(encode, split_batch(batch, 1)[0], modality)
+        first = split_batch(batch, 1)[0]
+        # once more than is measured: the first pass also allocates the parameters' gradients
+        _bytes_for_step(encode, first, modality)
+        one, device = _bytes_for_step(encode, first, modality)
         try:
             two, _ = _bytes_for_step(encode, split_batch(batch, 2)[0], modality)
         except (RuntimeError, MemoryError) as error:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sda_fast import CMSALoss, InfoNCELoss, cached_contrastive_step, modality
+from sda_fast.losses import chunking
 from sda_fast.losses.chunking import CachedContrastiveStep, choose_chunk_size, split_batch
 from sda_fast.moda.config import MoDAConfig
 from sda_fast.moda.inject import adapt_model
@@ -228,6 +229,18 @@ def test_auto_chooses_from_free_memory_and_leaves_no_trace():
     cached_contrastive_step(encoder, [images], [texts], loss)
     for a, b in zip(automatic, gradients(encoder, loss), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_gradients_that_the_first_pass_allocates_do_not_count_as_an_items_memory(monkeypatch):
+    there = set()
+
+    def measured(encode, chunk, modality):
+        new = 0 if modality in there else 1000
+        there.add(modality)
+        return 100 * len(chunk) + new, torch.device("cpu")
+
+    monkeypatch.setattr(chunking, "_bytes_for_step", measured)
+    assert choose_chunk_size(Encoder(), *batch(), free_bytes=1000) == 6
 
 
 @pytest.mark.parametrize(("fitting", "chosen"), [(1, 1), (0, None)])
