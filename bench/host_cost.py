@@ -3,7 +3,7 @@
     python bench/host_cost.py [--other CHECKOUT] [--out bench/results]
 
 With --other the same is measured of another checkout, in processes that take turns. What the launches themselves cost
-is not in it (in evaluation nothing of Triton's launcher, in training not its part in C), nor is waiting for the device.
+on the device is not in it, nor is Triton's launcher in C and waiting.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ os.environ["SDA_FAST_TUNED"] = ""
 import torch
 
 import host_training
+from without_device import without_device
 
 N, K, RANK, EXPERTS, MULTIPROCESSORS = 3584, 3584, 8, 8, 132
 CALLS, ROUNDS = 400, 9
@@ -47,25 +48,12 @@ WAYS = {
 }
 
 
-class NoLaunch:
-    """Stands for a Triton kernel."""
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return lambda *arguments, **constants: None
-
-
 def replace_launches() -> None:
     """Kernels, the library's operations and the GEMM after a fold do nothing; the device seems to be a GPU's size."""
-    from sda_fast.kernels import configs, moda_forward, nf4, nf4_linear
+    from sda_fast.kernels import configs, moda_forward, nf4_linear
     from sda_fast.ops import cuda_library, moda_evaluate, moda_linear
 
-    for module, kernel in (
-        (moda_forward, "project_kernel"),
-        (nf4, "decode_kernel"),
-        (nf4_linear, "small_product_kernel"),
-        (nf4_linear, "finish_product_kernel"),
-    ):
-        setattr(module, kernel, NoLaunch())
+    without_device()
     for module in (configs, moda_forward, nf4_linear):
         module.programs_wanted = lambda device: 2 * MULTIPROCESSORS  # type: ignore[attr-defined]
     library = torch.library.Library("sda_fast_cuda", "DEF")
