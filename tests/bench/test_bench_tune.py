@@ -192,6 +192,7 @@ def test_every_number_of_parts_of_the_small_product_passes_its_check(monkeypatch
     from sda_fast.kernels import nf4_linear
 
     made = []
+    nf4_linear.prepare_small_product.cache_clear()
     launch = nf4_linear.small_product_launch
     monkeypatch.setattr(nf4_linear, "small_product_launch", lambda *a: (made.append(launch(*a).splits), launch(*a))[1])
     # bfloat16 is not computed rightly by Triton's interpreter.
