@@ -60,9 +60,8 @@ def folded_weight(
 
 
 def packed_bytes(member: Member) -> Tensor:
-    """The 4-bit codes as bytes, whatever dtype they are stored as."""
-    codes = member.weight
-    return codes if codes.dtype == torch.uint8 else codes.reshape(-1).view(torch.uint8)
+    """The 4-bit codes as flat bytes, whatever dtype they are stored as."""
+    return member.weight.reshape(-1).view(torch.uint8)
 
 
 def float32_unless_bfloat16(matrix: Tensor) -> Tensor:
