@@ -174,11 +174,14 @@ def test_a_layer_folds_by_itself_where_that_pays_and_keeps_nothing(
     assert calls == ["folded_output"]
 
 
-def test_where_kernels_decode_few_rows_are_multiplied_directly_and_others_folded() -> None:
-    packed = WeightLayout(256, 256, 1, 64)
-    for rows, way in ((1, "small product"), (64, "small product"), (65, "fold")):
-        assert evaluation_way(torch.zeros(rows, 256), packed, "triton", False) == Way(way)
-        assert evaluation_way(torch.zeros(rows, 256).half(), packed, "torch", True) == Way(way, by_library=True)
+def test_where_kernels_decode_the_weights_size_and_the_rows_decide_who_multiplies() -> None:
+    small, large = WeightLayout(512, 3584, 1, 64), WeightLayout(3584, 3584, 1, 64)
+    for rows, by_library, in_triton in ((1, "small product", "unfold"), (17, "fold", "unfold"), (9000, "fold", "fold")):
+        x = torch.zeros(1, 3584).half().expand(rows, 3584)
+        assert evaluation_way(x, large, "torch", True) == Way(by_library, by_library=True)
+        assert evaluation_way(x, large, "triton", False) == Way(in_triton)
+        assert evaluation_way(x, small, "torch", True) == Way("fold", by_library=True)
+        assert evaluation_way(x, small, "triton", False) == Way("fold")
     with pytest.raises(ValueError, match="'merge'"), forced_evaluation("merge"):  # type: ignore[arg-type]
         pass
 
@@ -224,7 +227,7 @@ def test_the_cuda_library_is_given_what_it_asks_for(rows: int, monkeypatch: pyte
     monkeypatch.setattr(cuda_library, "is_available", lambda device: True)
     monkeypatch.setattr(cuda_library, "decode_fold", decode_fold)
     monkeypatch.setattr(cuda_library, "linear", linear)
-    with torch.no_grad():
+    with torch.no_grad(), forced_evaluation("small product" if rows <= 64 else "fold", by_library=True):
         y = one(x, 1)
     assert called == ["linear" if rows <= 64 else "fold"]
     assert ((y.double() - one(x, 1).double()).abs() <= difference_bound(one, x, 1)).all()
