@@ -75,10 +75,15 @@ def describe_weight(weight: Tensor) -> tuple[WeightLayout, Tensor, list[Tensor]]
     state = state_of(weight)
     if getattr(state, "packing_format_for_cpu", False):
         restore_row_major(weight, state)
+    return layout_of(state), weight.data, statistics_of(state)
+
+
+def statistics_of(state: Any) -> list[Tensor]:
+    """A quantisation state's tensors, as `describe_weight` gives them."""
     if not state.nested:
-        return layout_of(state), weight.data, [state.absmax, state.code]
+        return [state.absmax, state.code]
     nested = state.state2
-    return layout_of(state), weight.data, [state.absmax, state.code, nested.absmax, nested.code, state.offset]
+    return [state.absmax, state.code, nested.absmax, nested.code, state.offset]
 
 
 def layout_of(state: Any) -> WeightLayout:

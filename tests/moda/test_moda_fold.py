@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -398,8 +399,34 @@ def load_adapter_state(one: MoDALinear) -> None:
     one.load_state_dict(adapter, strict=False)
 
 
+def in_state(change: Callable[[Any], None]) -> Callable[[MoDALinear], None]:
+    """A change of the 4-bit weight's quantisation state."""
+    return lambda one: change(one.weight.quant_state)
+
+
+def another_state(one: MoDALinear) -> None:
+    state = copy.deepcopy(one.weight.quant_state)
+    state.absmax = state.absmax.flip(0)
+    one.weight.quant_state = state
+
+
+CHANGES_OF_STATE: dict[str, Callable[[MoDALinear], None]] = {
+    "scales replaced": in_state(lambda state: setattr(state, "absmax", state.absmax.flip(0))),
+    "scales in place": in_state(lambda state: state.absmax.copy_(state.absmax.flip(0))),
+    "scales' data replaced": in_state(lambda state: setattr(state.absmax, "data", state.absmax.flip(0))),
+    "nested scales replaced": in_state(lambda state: setattr(state.state2, "absmax", state.state2.absmax * 3)),
+    "nested scales in place": in_state(lambda state: state.state2.absmax.mul_(3)),
+    "nested code replaced": in_state(lambda state: setattr(state.state2, "code", state.state2.code.flip(0))),
+    "nested code in place": in_state(lambda state: state.state2.code.neg_()),
+    "offset replaced": in_state(lambda state: setattr(state, "offset", state.offset * 3)),
+    "offset in place": in_state(lambda state: state.offset.mul_(3)),
+    "another state": another_state,
+}
 CHANGES_OF_4BIT = {
     **CHANGES,
+    **CHANGES_OF_STATE,
+    "code replaced": in_state(lambda state: setattr(state, "code", -state.code)),
+    "code in place": in_state(lambda state: state.code.neg_()),
     "base weight in place": codes_in_place,
     "load_state_dict": load_adapter_state,
     "other base layer": other_4bit_layer,

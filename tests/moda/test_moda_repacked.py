@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,9 +193,29 @@ def codes_in_place(one: MoDALinear) -> None:
         one.weight.bitwise_not_()
 
 
-def scales_replaced(one: MoDALinear) -> None:
-    state = one.weight.quant_state
+def in_state(change: Callable[[Any], None]) -> Callable[[MoDALinear], None]:
+    """A change of the 4-bit weight's quantisation state."""
+    return lambda one: change(one.weight.quant_state)
+
+
+def another_state(one: MoDALinear) -> None:
+    state = copy.deepcopy(one.weight.quant_state)
     state.absmax = state.absmax.flip(0)
+    one.weight.quant_state = state
+
+
+CHANGES_OF_STATE: dict[str, Callable[[MoDALinear], None]] = {
+    "scales replaced": in_state(lambda state: setattr(state, "absmax", state.absmax.flip(0))),
+    "scales in place": in_state(lambda state: state.absmax.copy_(state.absmax.flip(0))),
+    "scales' data replaced": in_state(lambda state: setattr(state.absmax, "data", state.absmax.flip(0))),
+    "nested scales replaced": in_state(lambda state: setattr(state.state2, "absmax", state.state2.absmax * 3)),
+    "nested scales in place": in_state(lambda state: state.state2.absmax.mul_(3)),
+    "nested code replaced": in_state(lambda state: setattr(state.state2, "code", state.state2.code.flip(0))),
+    "nested code in place": in_state(lambda state: state.state2.code.neg_()),
+    "offset replaced": in_state(lambda state: setattr(state, "offset", state.offset * 3)),
+    "offset in place": in_state(lambda state: state.offset.mul_(3)),
+    "another state": another_state,
+}
 
 
 def new_parameter(one: MoDALinear) -> None:
@@ -218,7 +239,7 @@ CHANGES: dict[str, Callable[[MoDALinear], None]] = {
     "other frozen weight": other_frozen_weight,
     "other base layer": other_base_layer,
     "codes in place": codes_in_place,
-    "scales replaced": scales_replaced,
+    **CHANGES_OF_STATE,
 }
 
 
@@ -232,6 +253,22 @@ def test_nothing_is_ever_stale(change: Callable[[MoDALinear], None]) -> None:
     assert one.repacked.kept is not None and not torch.equal(after, before)
     exact, bound = bounds(one, x)
     assert ((after.double() - exact).abs() <= bound).all()
+
+
+@needs_product
+@pytest.mark.parametrize("in_place", [True, False])
+def test_another_code_takes_effect(in_place: bool) -> None:
+    # Not in the table: on a CPU bitsandbytes decodes by the format's name and multiplies by what the code looks like.
+    one, x = layer(), few()
+    before = evaluate(one, x)
+    state = one.weight.quant_state
+    if in_place:
+        state.code.neg_()
+    else:
+        state.code = -state.code
+    after = evaluate(one, x)
+    one.free_kept_weights()
+    assert torch.equal(after, evaluate(one, x)) and not torch.equal(after, before)
 
 
 @needs_product
@@ -438,7 +475,7 @@ def test_the_copy_goes_with_its_weight() -> None:
     copied = one.repacked.kept
     assert copied.codes is not None
     one.base_layer.weight = frozen(blocksize=32).weight
-    assert copied.codes is None and copied.memory is None
+    assert copied.codes is None and copied.sources is None
     exact, bound = bounds(one, few())
     assert ((evaluate(one, few()).double() - exact).abs() <= bound).all()
 
