@@ -5,7 +5,7 @@ Without this a layer in evaluation folds anew in every pass (docs/folding.md) an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sda_fast.ops import cuda_library
 from sda_fast.ops.folding import folded_weight
 from sda_fast.ops.kept_gates import KeptGates
 from sda_fast.ops.moda_group import resolve_backend
+from sda_fast.ops.moda_linear import as_one_id
 from sda_fast.ops.moda_torch import Member
 from sda_fast.ops.not_copied import NotCopied
 from sda_fast.ops.quantized import describe_weight, is_4bit, state_of, statistics_of
@@ -162,13 +163,23 @@ def fold_model(model: nn.Module, modality: str | int) -> None:
     Raises:
         ValueError: the model has no adapted layer, or one does not know the modality.
     """
+    modality = as_one_id(modality)
     for layer in foldable_layers(model):
-        names, count = layer.modality_names, layer.gates().shape[0]  # type: ignore[operator]
-        if (modality not in names) if isinstance(modality, str) else not 0 <= modality < count:  # type: ignore[operator]
-            raise ValueError(f"modality {modality!r} is not among the adapter's {count} modalities {names}")
+        check_kept(modality, layer.modality_names, layer.gates().shape[0])  # type: ignore[operator, arg-type]
     unfold_model(model)
     for layer in foldable_layers(model):
         layer.cache_folded = modality
+
+
+def check_kept(modality: str | int, names: Sequence[str], count: int) -> None:
+    """Whether a layer with so many modalities, of which some have names, can be told to keep the weight of this one.
+
+    Raises:
+        ValueError: it is not one of them.
+    """
+    is_id = isinstance(modality, int) and not isinstance(modality, bool)
+    if not (0 <= modality < count if is_id else isinstance(modality, str) and modality in names):  # type: ignore[operator]
+        raise ValueError(f"modality {modality!r} is not among the adapter's {count} modalities {tuple(names)}")
 
 
 def unfold_model(model: nn.Module) -> None:

@@ -104,11 +104,13 @@ def state_of(weight: Tensor) -> Any:
 
 
 @torch.no_grad()
+@torch.inference_mode(False)
 def restore_row_major(weight: Tensor, state: Any) -> None:
     """Undo, in place, the repacking that bitsandbytes does to 4-bit weights on a CPU in evaluation.
 
     Repacking lays the codes out as [N / 32, K / 2, 32, 2] with low and high nibbles 32 elements apart, and keeps absmax
-    un-nested, transposed and rounded to bfloat16; that rounding cannot be undone.
+    un-nested, transposed and rounded to bfloat16; that rounding cannot be undone. What is restored can be trained
+    beside, under `torch.inference_mode` too.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(

@@ -131,9 +131,7 @@ def output_of(
     Returns:
         [..., N] bfloat16.
     """
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = dense_rows(x)
     with without_autocast(x.device):
         h = torch.nn.functional.linear(rows.float(), in_float32(lora_A))
         if gates.shape[1] == h.shape[1]:
@@ -147,6 +145,18 @@ def output_of(
         else:
             y.add_(update.mul_(scaling).add_(bias.to(x.dtype)))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def frozen_output_of(repacked: RepackedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x W^T + bias for x [..., K] bfloat16."""
+    y = repacked.multiply(dense_rows(x))
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[1])
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x as [M, K] with neighbouring columns side by side."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 class RepackedWeights(NotCopied):

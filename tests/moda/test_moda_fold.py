@@ -313,10 +313,26 @@ def test_a_folded_model_keeps_the_weights_of_one_modality_until_unfolded(calls: 
         assert [list(model[i].folded.by_modality) for i in (0, 2)] == [[("image", "text").index(name)]] * 2
     unfold_model(model)
     assert not model[0].folded.by_modality and model[0].cache_folded is False
-    with pytest.raises(ValueError, match="'sound' is not among"):
-        fold_model(model, "sound")
+    for wrong in ("sound", 2, -1, True, 1.0):
+        with pytest.raises(ValueError, match=f"{wrong!r} is not among"):
+            fold_model(model, wrong)  # type: ignore[arg-type]
+    fold_model(model, torch.tensor(1))  # type: ignore[arg-type]
+    assert model[0].cache_folded == 1
     with pytest.raises(ValueError, match="Linear has no adapted layers"):
         fold_model(nn.Linear(2, 2), "text")
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_x_that_does_not_fit_is_the_same_error_with_kept_weights(keeps: bool) -> None:
+    one = layer(24, 16, cache_folded=keeps)
+    evaluate(one, torch.zeros(3, 16))
+    for x, message in (
+        (torch.zeros(3, 15), "the weight takes 16 features"),
+        (torch.tensor(1.0), r"x has shape \(\) but"),
+        (torch.ones(3, 16, dtype=torch.int64), "x must be one of float64, .* got int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(one, x)
 
 
 def sgd(one: MoDALinear, **options: object) -> None:

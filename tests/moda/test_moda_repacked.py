@@ -409,6 +409,30 @@ def test_a_peft_adapter_that_takes_over_is_what_computes() -> None:
 
 
 @needs_product
+@pytest.mark.parametrize("rows", [4, 400])
+def test_a_disabled_adapter_leaves_the_frozen_weight_as_it_is(rows: int, caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft")
+    from sda_fast.moda.peft_tuner import MoDAPeftConfig
+
+    model = peft.get_peft_model(
+        nn.ModuleDict({"self_attn": Attention(64, 32, 33)}), MoDAPeftConfig(num_experts=4, target_modules=r".*_proj")
+    ).eval()
+    block, x = model.base_model.model["self_attn"], few(rows)
+    parts = [block.q_proj, block.k_proj, block.v_proj]
+    before = [decode(*describe_weight(part.base_layer.weight), torch.float32).clone() for part in parts]
+    with torch.no_grad(), model.disable_adapter():
+        y = block(x)
+    for part, piece, weight in zip(parts, y.split([64, 32, 33], -1), before, strict=True):
+        assert not getattr(part.base_layer.weight.quant_state, "packing_format_for_cpu", False)
+        assert torch.equal(decode(*describe_weight(part.base_layer.weight), torch.float32), weight)
+        bias = part.base_layer.bias.bfloat16().double()
+        base = x.double().abs() @ weight.double().abs().t() + bias.abs()
+        bound = 4 * 2**-8 / (1 - 2**-5) * base + 2 * (K + 4) * 2**-24 * base
+        assert ((piece.double() - (x.double() @ weight.double().t() + bias)).abs() <= bound).all()
+    assert (parts[0].repacked.kept is not None) == (rows == 4) and not caplog.records
+
+
+@needs_product
 def test_autocast_goes_this_way_in_bfloat16() -> None:
     one = layer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
