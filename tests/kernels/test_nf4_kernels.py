@@ -156,21 +156,20 @@ def test_small_product_adds_its_parts_of_k_to_the_whole(M, blocksize, monkeypatc
         assert ((y.double() - truth).abs() <= (K + R + 4) * torch.finfo(torch.float32).eps * terms).all()
 
 
-FUZZ_ROUNDS = 60
+FUZZ_ROUNDS = 150
 
 
 def random_weight(chance):
     """A shape, what `quantize` makes of it, and an update for it."""
-    shape = (
-        chance.choice((1, 2, 33, 64, chance.randint(1, 80))),
-        chance.choice((1, 17, 32, 65, 130, chance.randint(1, 300))),
-    )
+    N, K = chance.choice((1, 2, 33, 64, chance.randint(1, 80))), chance.choice((1, 17, 32, 65, chance.randint(1, 300)))
     blocksize, quant_type = chance.choice((32, 64, 128, 512, 4096)), chance.choice(("nf4", "fp4"))
     E = chance.choice((1, 3, 8))
     R = E * chance.choice((1, 2, 5))
-    update = torch.randn(R, shape[1]) * 0.1, torch.randn(shape[0], R) * 0.1, torch.rand(E)
-    made = quantize(shape, blocksize, quant_type, nested=chance.random() < 0.5)[:4]
-    return shape, blocksize, *made, *(tensor.to(DEVICE) for tensor in update)
+    update = torch.randn(R, K) * 0.1, torch.randn(N, R) * 0.1, torch.rand(E)
+    # bitsandbytes compiles its statistics' decode, which costs more than the kernels.
+    with torch.compiler.set_stance("force_eager"):
+        made = quantize((N, K), blocksize, quant_type, nested=chance.random() < 0.5)[:4]
+    return (N, K), blocksize, *made, *(tensor.to(DEVICE) for tensor in update)
 
 
 def test_fold_is_right_for_random_shapes_and_settings():
@@ -182,10 +181,8 @@ def test_fold_is_right_for_random_shapes_and_settings():
         out = poisoned(*shape, dtype=dtype)
         decode_4bit(data, statistics, shape, blocksize, nested_blocksize, out=out, **fold)
         gated = SCALING * lora_B.double() * gates.double().repeat_interleave(lora_B.shape[1] // gates.numel())
-        truth, terms = (
-            exact.double() + gated @ lora_A.double(),
-            exact.double().abs() + gated.abs() @ lora_A.double().abs(),
-        )
+        truth = exact.double() + gated @ lora_A.double()
+        terms = exact.double().abs() + gated.abs() @ lora_A.double().abs()
         allowed = torch.finfo(dtype).eps / 2 * truth.abs() + 8 * torch.finfo(torch.float32).eps * terms
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         assert ((out.double() - truth).abs() <= allowed + smallest).all(), (shape, blocksize, lora_A.shape, dtype)
