@@ -41,7 +41,7 @@ SMALLEST_PRODUCT_BY_LIBRARY = 1 << 22
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 # On a CPU by bytes per element of x, on a GPU by who folds.
 CPU_RATIOS = {2: 4.0, 4: 2.0, 8: 2.0}
-GPU_RATIOS = {"library": 0.8, "triton": 5.0, "torch": 18.0}
+GPU_RATIOS = {"library": 0.8, "triton": 5.0, "torch": 20.0}
 # Elements that the H200 folds or updates while it waits for the launches of an update.
 LAUNCHES = 2e7
 
