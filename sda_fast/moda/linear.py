@@ -41,7 +41,7 @@ class MoDALinear(FoldableLayer):
         modality_names: names that `sda_fast.modality` may use; ("image", "text") for up to two modalities by default.
         adapter_dtype: float32 or bfloat16 (float64 for tests); x is never upcast to it.
         backend: "auto", "triton" or "torch", as in `moda_linear`.
-        cache_folded: keep folded weights between passes, see `FoldableLayer`; can be set later.
+        cache_folded: keep folded weights between passes, see `FoldableLayer`; `fold_model` sets it later.
         generator: a CPU generator for the initial values.
     Raises:
         TypeError: base_layer is neither kind of layer.

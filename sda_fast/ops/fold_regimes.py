@@ -14,7 +14,7 @@ folding costs nothing), and without the library bitsandbytes' up to 4 where fold
 Measured on: CPU, float32 and bfloat16 at rank 8 (bench/results/fold-cpu.json names the device); float16 is taken to be
 as bfloat16, float64 as float32. The 16 rows of a CPU: on two (bench/results/nf4-*.json). GPU: on one, an H200, bfloat16
 at rank 8 (bench/results/tuned/nvidia-h200.json); for every shape measured there the rule takes the fastest way, or one
-within 2 % of its time. Few rows were 1, 16 and 64.
+within 1 % of its time. Few rows were 1, 16 and 64.
 """
 
 from __future__ import annotations

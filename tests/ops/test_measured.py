@@ -181,7 +181,7 @@ def test_the_rule_takes_nearly_the_fastest_way_wherever_a_gpu_was_measured(
         ways = tuple(Way(name.removesuffix(" by the library"), name.endswith("library")) for name in names)  # type: ignore[arg-type]
         layout = WeightLayout(line.out_features, line.in_features, *((1, 64, 256) if line.weight == "nf4" else ()))
         chosen = way_by_rule(GPU, torch.bfloat16, line.rows, layout, "triton", ways).name
-        assert line.microseconds[chosen] <= 1.02 * min(line.microseconds[name] for name in names), (line, chosen)
+        assert line.microseconds[chosen] <= 1.01 * min(line.microseconds[name] for name in names), (line, chosen)
 
 
 @pytest.mark.parametrize(
