@@ -77,10 +77,15 @@ def describe_weight(weight: Tensor) -> tuple[WeightLayout, Tensor, list[Tensor]]
     state = state_of(weight)
     if getattr(state, "packing_format_for_cpu", False):
         restore_row_major(weight, state)
+    return layout_of(state), weight.data, statistics_of(state)
+
+
+def statistics_of(state: Any) -> list[Tensor]:
+    """A quantisation state's tensors, as `describe_weight` gives them."""
     if not state.nested:
-        return layout_of(state), weight.data, [state.absmax, state.code]
+        return [state.absmax, state.code]
     nested = state.state2
-    return layout_of(state), weight.data, [state.absmax, state.code, nested.absmax, nested.code, state.offset]
+    return [state.absmax, state.code, nested.absmax, nested.code, state.offset]
 
 
 def layout_of(state: Any) -> WeightLayout:
@@ -101,11 +106,13 @@ def state_of(weight: Tensor) -> Any:
 
 
 @torch.no_grad()
+@torch.inference_mode(False)
 def restore_row_major(weight: Tensor, state: Any) -> None:
     """Undo, in place, the repacking that bitsandbytes does to 4-bit weights on a CPU in evaluation.
 
     Repacking lays the codes out as [N / 32, K / 2, 32, 2] with low and high nibbles 32 elements apart, and keeps absmax
-    un-nested, transposed and rounded to bfloat16; that rounding cannot be undone.
+    un-nested, transposed and rounded to bfloat16; that rounding cannot be undone. What is restored can be trained
+    beside, under `torch.inference_mode` too.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
