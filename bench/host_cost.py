@@ -1,6 +1,6 @@
 """Time what the host does for one layer in evaluation on a GPU, and for decoder layers in training; it needs no GPU.
 
-    python bench/host_cost.py [--other CHECKOUT] [--out bench/results]
+    python bench/host_cost.py [--other CHECKOUT] [--out bench/results --page docs/kernels.md]
 
 With --other the same is measured of another checkout, in processes that take turns. What the launches themselves cost
 on the device is not in it, nor is Triton's launcher in C and waiting.
@@ -24,10 +24,12 @@ os.environ["SDA_FAST_TUNED"] = ""
 import torch
 
 import host_training
+from pages import replace_between
 from without_device import without_device
 
 N, K, RANK, EXPERTS, MULTIPROCESSORS = 3584, 3584, 8, 8, 132
 CALLS, ROUNDS = 400, 9
+BEGIN, END = "<!-- host -->", "<!-- /host -->"
 WEIGHT = (
     "Tensor packed, Tensor code, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, Tensor? offset, "
     "int block_size, int nested_block_size"
@@ -130,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--other", type=Path, help="another checkout, measured in turns")
     parser.add_argument("--out", type=Path, help="a folder: write the times there, into the file of this processor")
+    parser.add_argument("--page", type=Path, help="put the table into this page; needs --out")
     parser.add_argument("--worker", choices=list(PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -149,10 +152,26 @@ def main() -> None:
         records.append(record)
         print(record)
     if arguments.out:
-        write(arguments.out, records, checkouts)
+        document = write(arguments.out, records, checkouts)
+        if arguments.page:
+            replace_between(arguments.page, BEGIN, END, table(document))
 
 
-def write(out: Path, records: list[dict[str, Any]], checkouts: dict[str, Path]) -> None:
+def table(document: dict[str, Any]) -> str:
+    """The times as markdown, and where they are from."""
+    lines = ["| what | us | us before | ratio |", "| --- | ---: | ---: | ---: |"]
+    for record in document["records"]:
+        before, ratio = record["microseconds"].get("other", "-"), record.get("this / other", "-")
+        lines.append(f"| {record['part']}: {record['way']} | {record['microseconds']['this']} | {before} | {ratio} |")
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    revisions = ", ".join(f"{name}: {revision}" for name, revision in document["revisions"].items())
+    problem = "; ".join(f"{part}: {what}" for part, what in document["problem"].items())
+    source = f"{document['device']}; {versions}; {problem}; {document['timer']}; revisions {revisions}"
+    return "\n".join([*lines, "", f"`{document['command']}`: {source}."])
+
+
+def write(out: Path, records: list[dict[str, Any]], checkouts: dict[str, Path]) -> dict[str, Any]:
+    """The results file."""
     from layers import device_name, results_file, versions
 
     cpu = torch.device("cpu")
@@ -175,6 +194,7 @@ def write(out: Path, records: list[dict[str, Any]], checkouts: dict[str, Path]) 
         "records": records,
     }
     results_file(out, "host-cost", cpu).write_text(json.dumps(document, indent=1) + "\n")
+    return document
 
 
 if __name__ == "__main__":
