@@ -143,7 +143,9 @@ class Workspace:
     """Memory that is seen as matrices of some shapes and dtypes again and again: those views are kept."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        # An inference tensor could not be written to outside of inference mode.
+        with torch.inference_mode(False):
+            self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self.views: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
@@ -155,7 +157,8 @@ class Workspace:
                 return None
             if len(self.views) >= LARGEST_NUMBER_OF_VIEWS:
                 self.views.clear()
-            found = self.views[shape, dtype] = self.buffer[:size].view(dtype).view(shape)
+            with torch.inference_mode(False):
+                found = self.views[shape, dtype] = self.buffer[:size].view(dtype).view(shape)
         return found
 
 

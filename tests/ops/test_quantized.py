@@ -163,3 +163,18 @@ def test_kinds_of_layers() -> None:
     assert layer_kind(bnb.nn.LinearNF4(4, 4)) == "4bit"
     assert layer_kind(nn.Bilinear(4, 4, 4)) is None
     assert layer_kind(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)) is None
+
+
+def test_a_workspace_made_in_inference_mode_serves_outside_of_it_too() -> None:
+    pool, cpu = quantized.WorkspacePool(), torch.device("cpu")
+    with torch.inference_mode():
+        first = pool.take((4, 8), torch.float32, cpu)
+    assert not first.is_inference()
+    first.fill_(1)
+    assert pool.take((4, 8), torch.float32, cpu) is first
+    with torch.inference_mode():
+        smaller = pool.take((2, 3), torch.bfloat16, cpu)
+    smaller.zero_()
+    assert smaller.data_ptr() == first.data_ptr()
+    larger = pool.take((64, 8), torch.float32, cpu)
+    assert larger.shape == (64, 8) and pool.take((4, 8), torch.float32, cpu).data_ptr() == larger.data_ptr()
