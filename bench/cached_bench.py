@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import cached_run
 import cached_tables
-from layers import device_name, slug, versions
+from layers import device_name, results_file, versions
 from measure import PERCENTILES
 from sda_fast.atomic import write_json_atomic
 from sda_fast.bench_command import chosen_device
@@ -46,7 +46,7 @@ Record = dict[str, Any]
 def run(config: Any) -> str:
     """Measure, write the device's results file after every case, and return the table as text; see `BenchConfig`."""
     device = torch.device(chosen_device(config.device))
-    path = config.output / f"cached-{slug(device_name(device)) if device.type == 'cuda' else 'cpu'}.json"
+    path = results_file(config.output, "cached", device)
     document: Record = {
         "device": device_name(device),
         "kind": device.type,

@@ -52,7 +52,7 @@ class ExpertLoop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result, wide = self.base_layer(x), x.float()
-        modality = current_modality().resolve(self.names, x.device)
+        modality = current_modality().resolve(self.names, self.gate_embedding.shape[0], x.device)
         gates = torch.softmax(self.gate_embedding[modality] @ self.gate_proj.t(), dim=-1)
         for gate, A, B in zip(gates, self.lora_A, self.lora_B, strict=True):
             update = nn.functional.linear(nn.functional.linear(wide, A), B) * self.scaling

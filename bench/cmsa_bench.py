@@ -22,7 +22,7 @@ from tqdm import tqdm
 import cmsa_run
 import cmsa_tables
 from cmsa_cases import METHODS, OURS, PLAIN, Case, cases
-from layers import device_name, slug, versions
+from layers import device_name, results_file, versions
 from measure import PERCENTILES
 from sda_fast.atomic import write_json_atomic
 from sda_fast.bench_command import chosen_device
@@ -48,7 +48,7 @@ def run(config: Any) -> str:
     Records that the file has from the same device and versions stay in it until they are measured again.
     """
     device = torch.device(chosen_device(config.device))
-    path = config.output / f"cmsa-{slug(device_name(device)) if device.type == 'cuda' else 'cpu'}.json"
+    path = results_file(config.output, "cmsa", device)
     document = begun(path, device)
     todo = [
         (case, method)

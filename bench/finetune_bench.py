@@ -22,7 +22,7 @@ import finetune_plan
 import finetune_tables
 from finetune_methods import MAIN, VARIANTS, Variant
 from finetune_run import World, clean, held_bytes, measure
-from layers import device_name, slug
+from layers import device_name, results_file
 from layers import versions as kernel_versions
 from measure import PERCENTILES
 from sda_fast.atomic import write_json_atomic
@@ -42,7 +42,7 @@ Record = dict[str, Any]
 def run(config: Any) -> str:
     """Measure, write the device's results file after every variant, and return the table as text; see `BenchConfig`."""
     device = torch.device(chosen_device(config.device))
-    path = config.output / f"finetune-{slug(device_name(device)) if device.type == 'cuda' else 'cpu'}.json"
+    path = results_file(config.output, "finetune", device)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         world, document = prepare(config, device, Path(folder))

@@ -54,7 +54,7 @@ class ExpertLoopInModel(ExpertLoop):
     """The loop with the modality of the pass, one id per sequence, as published."""
 
     def modality_ids(self, x: Tensor) -> Tensor:
-        modality = current_modality().resolve(MoDAConfig.modality_names, x.device)
+        modality = current_modality().resolve(MoDAConfig.modality_names, MoDAConfig.num_modalities, x.device)
         return torch.full((x.shape[0],), modality, dtype=torch.int64, device=x.device)
 
 

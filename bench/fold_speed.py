@@ -1,10 +1,10 @@
-"""Time a folded and an unfolded evaluation of one adapted layer on a CPU, for RATIOS in sda_fast/ops/fold_regimes.py.
+"""Time a folded and an unfolded evaluation of an adapted layer on a CPU: CPU_RATIOS in sda_fast/ops/fold_regimes.py.
 
-    OMP_NUM_THREADS=1 python bench/fold_speed.py [bench/results/fold-cpu.json]
+    OMP_NUM_THREADS=1 python bench/fold_speed.py [bench/results]
 
-Both ways take turns in one process. For every layer, dtype and weight it prints the time of folding over that of not
-folding by rows, and the ratio rows * (N + K) / (N * K) from which folding was faster; results that differ by more than
-rounding are an error.
+With a folder, the results are written there, into the file of this processor. Both ways take turns in one process. For
+every layer, dtype and weight it prints the time of folding over that of not folding by rows, and the ratio
+rows * (N + K) / (N * K) from which folding was faster; results that differ by more than rounding are an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from layers import device_name, versions
+from layers import device_name, results_file, versions
 from sda_fast import MoDALinear
 from sda_fast.atomic import write_json_atomic
 from sda_fast.ops.fold_regimes import forced_evaluation
@@ -66,7 +66,7 @@ def main() -> int:
     if len(sys.argv) > 1:
         document = {"device": device_name(CPU), "versions": versions(), "command": "OMP_NUM_THREADS=1 python "
                     "bench/fold_speed.py", "timer": "processor time, 1 thread", "records": records}  # fmt: skip
-        write_json_atomic(Path(sys.argv[1]), document)
+        write_json_atomic(results_file(Path(sys.argv[1]), "fold", CPU), document)
     return 0
 
 

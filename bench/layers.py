@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import platform
@@ -35,15 +36,19 @@ logger = logging.getLogger(__name__)
 MODES = ("forward", "forward + backward")
 PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "torchao", "unsloth")
 FIRST_ROUNDS = 30
+OUT_OF_TIME = "not measured, out of time"
 Record = dict[str, Any]
 
 
 def run(config: Any) -> str:
-    """Measure, write the device's results file after every case, and return the table as text; see `BenchConfig`."""
+    """Measure, write the device's results file after every case, and return the table as text; see `BenchConfig`.
+
+    Cases that the file has from the same device, versions and settings are not measured again, unless `config.anew`.
+    """
     device = torch.device(chosen_device(config.device))
     four_bit = importlib.util.find_spec("bitsandbytes") is not None
     table = cases(device.type, quick=config.quick, layers=config.layers, four_bit=four_bit)
-    path = config.output / f"moda-{slug(device_name(device)) if device.type == 'cuda' else 'cpu'}.json"
+    path = results_file(config.output, "moda", device)
     document = {
         "device": device_name(device),
         "kind": device.type,
@@ -51,14 +56,21 @@ def run(config: Any) -> str:
         "command": config.invocation,
         "timer": TIMERS[device.type],
         "percentiles": list(PERCENTILES),
+        "settings": {name: getattr(config, name) for name in ("seconds", "compile_cases")}
+        | {"methods": list(config.methods)},
         "not_run": reasons_for_all(table, config.methods),
         "records": [],
     }
+    if not config.anew:
+        document["records"] = kept_records(path, document)
+    there = {record["case"] for record in document["records"]}
     started = time.perf_counter()
     with one_thread_on_a_cpu(device):
         for number, entry in enumerate(table, start=1):
+            if str(entry) in there:
+                continue
             if time.perf_counter() - started > config.limit:
-                records = [described(entry) | {"method": OURS, "reason": "not measured, out of time"}]
+                records = [described(entry) | {"method": OURS, "reason": OUT_OF_TIME}]
             else:
                 logger.info("case %d of %d: %s", number, len(table), entry)
                 compiles = config.compile_cases is None or number <= config.compile_cases
@@ -66,6 +78,16 @@ def run(config: Any) -> str:
             document["records"] += records
             write_json_atomic(path, document)
     return tables.as_text(document)
+
+
+def kept_records(path: Path, document: Record) -> list[Record]:
+    """What the file has of the measured cases, if device, versions and settings are the document's."""
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if any(old.get(name) != document[name] for name in ("device", "versions", "settings")):
+        return []
+    return [record for record in old["records"] if record.get("reason") != OUT_OF_TIME]
 
 
 def measure_case(
@@ -197,6 +219,11 @@ def device_name(device: torch.device) -> str:
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def results_file(folder: Path, what: str, device: torch.device) -> Path:
+    """Where a benchmark's results on a device go: every card and every processor has a file of its own."""
+    return folder / f"{what}-{slug(device_name(device))}.json"
 
 
 def versions() -> dict[str, str]:

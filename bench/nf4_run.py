@@ -15,7 +15,7 @@ import nf4_tables
 from catalogue_speed import measure_catalogue
 from contest import Record
 from decoder_layer import layer_cases, measure_layer
-from layers import device_name, slug, versions
+from layers import device_name, results_file, versions
 from measure import PERCENTILES
 from nf4_products import LAYERS, copy_bandwidth, measure_decode, measure_product, product_cases
 from sda_fast.atomic import write_json_atomic
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def run(config: Any) -> str:
     """Measure, write the device's results file after every case, and return the tables as text; see `BenchConfig`."""
     device = torch.device(chosen_device(config.device))
-    path = config.output / f"nf4-{slug(device_name(device))}.json"
+    path = results_file(config.output, "nf4", device)
     library = cuda_library.reason_unavailable(device)
     document = {
         "device": device_name(device),

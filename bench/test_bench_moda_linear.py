@@ -1,6 +1,6 @@
 """One adapted layer, ours and every other way, under pytest-benchmark, over the table in `cases`.
 
-    python -m pytest bench/test_bench_moda_linear.py -k "small and NF4" --benchmark-sort=median
+    python -m pytest bench/test_bench_moda_linear.py -k "small and NF4" --benchmark-sort=mean
 
 `sda-fast bench` measures the same cases with the contestants taking turns, which a busy machine disturbs less, and
 writes the results file; here they run one after the other. On a CPU times are processor time on one thread. A

@@ -1,6 +1,6 @@
 """Products from 4-bit weights under pytest-benchmark, over the cases of `nf4_products`.
 
-    python -m pytest bench/test_bench_nf4.py -k "k, v and M=16" --benchmark-sort=median
+    python -m pytest bench/test_bench_nf4.py -k "k, v and M=16" --benchmark-sort=mean
 
 `sda-fast bench --what nf4` measures the same with the contestants taking turns, which a busy machine disturbs less, and
 writes the results file. On a CPU times are processor time on one thread. A contestant is timed only once its result has

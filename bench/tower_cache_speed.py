@@ -1,6 +1,6 @@
 """Processor time of a fine-tuning step with and without the tower cache, and padding, on a CPU with the small model.
 
-    OMP_NUM_THREADS=1 python bench/tower_cache_speed.py [bench/results/tower-cache-cpu.json]
+    OMP_NUM_THREADS=1 python bench/tower_cache_speed.py [bench/results]
 
 The ways take turns in one process on the same batches: batches made and trained on, without prefetching, so that the
 time of decoding pictures counts too. Losses that differ are an error. Writes its part of docs/memory.md too.
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from layers import device_name
-from pages import replace_between
+from layers import device_name, results_file
+from pages import documents_of, replace_between
 from sda_fast.atomic import write_json_atomic
 from sda_fast.data.items import Catalogue, read_items
 from sda_fast.data.synthetic import generate_catalogue
@@ -132,16 +132,24 @@ def as_markdown(document: dict[str, Any]) -> str:
     )
 
 
+def text_of(results: Path) -> str:
+    """The same of every processor whose file is in `results`."""
+    documents = [document for document, _ in documents_of(sorted(results.glob("tower-cache-*.json")))]
+    return "\n\n".join(as_markdown(document) for document in documents)
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results/tower-cache-cpu.json")
+    folder_of_results = Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results")
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder))
-    facts = {"device": device_name(torch.device("cpu")), "versions": versions()}
+    cpu = torch.device("cpu")
+    facts = {"device": device_name(cpu), "versions": versions()}
     document = {"command": "OMP_NUM_THREADS=1 python bench/tower_cache_speed.py", **facts, **found}
-    write_json_atomic(path, document)
+    write_json_atomic(results_file(folder_of_results, "tower-cache", cpu), document)
     page = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
-    replace_between(page, "<!-- tower cache speed: begin -->", "<!-- tower cache speed: end -->", as_markdown(document))
+    text = text_of(folder_of_results)
+    replace_between(page, "<!-- tower cache speed: begin -->", "<!-- tower cache speed: end -->", text)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sda_fast.kernels.launching import kernel
+
 BITS_PER_NAT = tl.constexpr(1.4426950408889634)
 
 
@@ -189,7 +191,7 @@ def store_statistics(
     tl.store(out_ptrs + 6 * length, target_logits, mask=local_mask)
 
 
-@triton.jit
+@kernel
 def statistics_kernel(
     x_ptr,
     y_ptr,
@@ -328,7 +330,7 @@ def store_target_sums(
     tl.store(out_ptrs + 3 * length, tl.sum(targets * relative, AXIS), mask=local_mask)
 
 
-@triton.jit
+@kernel
 def target_sums_kernel(
     x_ptr,
     y_ptr,
@@ -441,7 +443,7 @@ def target_sums_kernel(
         )
 
 
-@triton.jit
+@kernel
 def gradients_kernel(
     x_ptr,
     y_ptr,

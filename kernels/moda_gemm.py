@@ -7,18 +7,23 @@ distance between this GEMM and the library's. Which one runs is decided by a mea
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import LaunchConfig, cdiv, padded_rank, rank_block
 from sda_fast.kernels.gating import gates_are_per_row, load_gated
+from sda_fast.kernels.launching import kernel
 
 BLOCK_K = 64
 # Bytes per element of the activations -> configuration
 CONFIGS = {2: LaunchConfig(128, 128, 8, 3), 4: LaunchConfig(64, 64, 8, 2)}
 
 
-@triton.jit
+def ranks_at_once(dtype: torch.dtype, rank: int) -> int:
+    """How many ranks the accumulator starts from at a time: with 64 registers would spill on sm_100."""
+    return min(rank_block(dtype, rank), 32)
+
+
+@kernel
 def gated_linear_kernel(
     x_ptr,
     weight_ptr,
@@ -161,7 +166,7 @@ def gated_linear(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=BLOCK_K if x.element_size() == 2 else BLOCK_K // 2,
-        BLOCK_R=rank_block(x.dtype, R),
+        BLOCK_R=ranks_at_once(x.dtype, R),
         PADDED_R=padded_rank(R),
         GROUP_M=8,
         num_warps=config.num_warps,

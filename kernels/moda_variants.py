@@ -1,14 +1,22 @@
-"""The variants of the MoDA kernels that the gate compiles, with their bytes by formula (see `gate`)."""
+"""The variants of the MoDA kernels that the gate compiles, with their bytes by formula (see `gate`).
+
+For every configuration of `configs`, that is every kernel, size of the activations' elements and padded rank, they are
+the product of what changes the code: gating, dropout, which gradients are needed, whether y or dx is read or written.
+What hardly does (float16 for bfloat16, bfloat16 adapters, a rank that is no multiple of 16) is there once a
+configuration or less.
+"""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Literal
 
 import torch
 
 from sda_fast.kernels import moda_backward, moda_forward, moda_gemm
-from sda_fast.kernels.configs import config_for, padded_rank, rank_block
+from sda_fast.kernels.configs import config_for, next_power_of_2, padded_rank, rank_block
 from sda_fast.kernels.gate import KernelVariant
+from sda_fast.kernels.group import LAYERS_PER_LAUNCH
 
 M, K, N = 8192, 3584, 3584
 MODALITIES, EXPERTS = 2, 8
@@ -22,34 +30,68 @@ GATE_SIGNATURE = {
     "stride_h_row": "i32",
     "stride_gates_row": "i32",
     "rows_per_sequence": "i32",
-    "rank_per_expert": "i32",
     "scaling": "fp32",
 }
-SIZES = ("M", "N", "K", "R", "stride_h_row", "stride_x_row", "stride_y_row", "stride_dy_row", "stride_dx_row")
-STRIDES = (
-    "stride_weight_rank",
-    "stride_weight_row",
-    "stride_A_row",
-    "stride_B_row",
-    "stride_dh_row",
-    "stride_dhg_part",
+# Widths and row strides of the layers of a launch.
+PLACES = ("", *(f"_{place}" for place in range(1, LAYERS_PER_LAUNCH)))
+WIDTHS, Y_STRIDES, DY_STRIDES = (
+    tuple(f"{before}{place}{after}" for place in PLACES)
+    for before, after in (("N", ""), ("stride_y", "_row"), ("stride_dy", "_row"))
 )
-ALIGNED = (*SIZES, *STRIDES)
-
+OF_RANK = ("R", "stride_h_row", "stride_dh_row", "stride_B_row", "stride_weight_column")
+OF_SIZES = (
+    *("M", *WIDTHS, "K", "stride_x_row", *Y_STRIDES, *DY_STRIDES, "stride_dx_row", "stride_A_row"),
+    *("stride_weight_rank", "stride_weight_row", "stride_dhg_part", "stride_h_split"),
+)
 
 # Whose gates a row has: those of its own id, its own line of gates, or the one line that there is.
 Gating = Literal["by id", "row gates", "one gate"]
+GATINGS: tuple[Gating, ...] = ("by id", "row gates", "one gate")
+# What a backward pass gives: of dy dhg and dB, of x dx and dA.
+Needs = Literal["", "dhg only", "dB only", "dx only", "dA only"]
+
+
+def _aligned(rank: int) -> tuple[str, ...]:
+    return OF_SIZES if rank % 16 else (*OF_RANK, *OF_SIZES)
 
 
 def _ids(gating: Gating) -> tuple[dict[str, str], dict[str, object]]:
     per_row: dict[str, object] = {"GATE_PER_ROW": gating == "row gates"}
     if gating == "by id":
-        return {"modality_ids_ptr": "*i32"}, per_row
+        return {"modality_ids_ptr": "*i64"}, per_row
     return {}, {"modality_ids_ptr": None, **per_row}
 
 
-def _named(name: str, gating: Gating) -> str:
-    return name if gating == "by id" else f"{name} {gating}"
+def _per_expert(rank: int) -> tuple[dict[str, str], dict[str, object]]:
+    """One rank per expert is a constant for the compiler."""
+    return ({}, {"rank_per_expert": 1}) if rank <= EXPERTS else ({"rank_per_expert": "i32"}, {})
+
+
+def _present(name: str, kind: str, is_present: bool) -> tuple[dict[str, str], dict[str, object]]:
+    """A pointer as a launcher passes it: None where there is nothing."""
+    return ({name: kind}, {}) if is_present else ({}, {name: None})
+
+
+def _layers(names: tuple[str, ...], signature: dict[str, str], layers: int) -> tuple[dict[str, str], dict[str, object]]:
+    """Pointers of the layers after the first, as far as they and the first's are there."""
+    places = [(name, name.replace("_ptr", f"_{place}_ptr"), place) for name in names for place in range(1, len(PLACES))]
+    is_there = {of_layer: place < layers and name in signature for name, of_layer, place in places}
+    present = {of_layer: signature[name] for name, of_layer, _ in places if is_there[of_layer]}
+    return present, {"LAYERS": layers, **{name: None for name, there in is_there.items() if not there}}
+
+
+def _together(*arguments: tuple[dict[str, str], dict[str, object]]) -> tuple[dict[str, str], dict[str, object]]:
+    signature: dict[str, str] = {}
+    constexprs: dict[str, object] = {}
+    for run_time, constant in arguments:
+        signature |= run_time
+        constexprs |= constant
+    return signature, constexprs
+
+
+def _named(*parts: str, gating: Gating = "by id", adapter: str = "fp32") -> str:
+    of_adapter = "" if adapter == "fp32" else f"{adapter} adapter"
+    return " ".join(part for part in (*parts, "" if gating == "by id" else gating, of_adapter) if part)
 
 
 def _chunks(block_m: int, blocks_of_columns: int) -> int:
@@ -57,26 +99,37 @@ def _chunks(block_m: int, blocks_of_columns: int) -> int:
     return min(wanted, M // block_m)
 
 
-def project(type_name: str, rank: int, dropout: bool) -> KernelVariant:
+def project(type_name: str, rank: int, dropout: bool, adapter: str = "fp32") -> KernelVariant:
+    return _project("project", type_name, rank, dropout, adapter, unit="column")
+
+
+def project_dy(type_name: str, rank: int, adapter: str = "fp32") -> KernelVariant:
+    return _project("dhg", type_name, rank, False, adapter, unit="rank")
+
+
+def _project(name: str, type_name: str, rank: int, dropout: bool, adapter: str, unit: str) -> KernelVariant:
     config = config_for("project", TYPES[type_name], rank)
     size = TYPES[type_name].itemsize
-    integers = ["M", "K", "R", "stride_x_row", "stride_weight_rank", "stride_h_split", "stride_h_row"]
+    strided = "rank" if unit == "column" else "column"
+    integers = ["M", "K", "R", "stride_x_row", f"stride_weight_{strided}", "stride_h_split", "stride_h_row"]
     integers += ["blocks_per_split", "threshold"]
-    floor = M * K * size + rank * K * 4 + M * rank * 4
+    floor = M * K * size + rank * K * TYPES[adapter].itemsize + M * rank * 4
     splits = max(1, PROGRAMS_WANTED // (M // config.block_m))
+    seed_signature, seed_constexprs = _present("seed_ptr", "*i64", dropout)
     return KernelVariant(
-        name=f"project {type_name} R={rank}" + " dropout" * dropout,
+        name=_named(name, type_name, f"R={rank}", "dropout" * dropout, adapter=adapter),
         kernel=moda_forward.project_kernel,
         signature={
+            **seed_signature,
             "x_ptr": f"*{type_name}",
-            "weight_ptr": "*fp32",
+            "weight_ptr": f"*{adapter}",
             "h_ptr": "*fp32",
-            "seed_ptr": "*i64",
             "keep_scale": "fp32",
             **dict.fromkeys(integers, "i32"),
         },
         constexprs={
-            "stride_weight_column": 1,
+            **seed_constexprs,
+            f"stride_weight_{unit}": 1,
             "HAS_DROPOUT": dropout,
             "BLOCK_M": config.block_m,
             "BLOCK_R": padded_rank(rank),
@@ -88,69 +141,75 @@ def project(type_name: str, rank: int, dropout: bool) -> KernelVariant:
         bytes_moved=floor + (2 * splits * M * rank * 4 if splits > 1 else 0),
         bytes_floor=floor,
         flops=2 * M * K * rank,
-        aligned=ALIGNED,
+        aligned=_aligned(rank),
     )
 
 
-def project_dy(type_name: str, rank: int) -> KernelVariant:
-    forward = project(type_name, rank, dropout=False)
-    signature = {**forward.signature, "stride_weight_column": "i32"}
-    constexprs = {**forward.constexprs, "stride_weight_rank": 1}
-    del signature["stride_weight_rank"], constexprs["stride_weight_column"]
-    return KernelVariant(
-        **{
-            **vars(forward),
-            "name": f"dhg {type_name} R={rank}",
-            "signature": signature,
-            "constexprs": constexprs,
-        }
-    )
+def expand_add(type_name: str, rank: int, gating: Gating = "by id", adapter: str = "fp32") -> KernelVariant:
+    return _expand(("expand_add", type_name, f"R={rank}"), type_name, rank, gating, adapter)
 
 
-def expand_add(type_name: str, rank: int, gating: Gating = "by id") -> KernelVariant:
-    return _expand(f"expand_add {type_name} R={rank}", type_name, rank, gating)
+def expand(
+    type_name: str, rank: int, gating: Gating = "by id", adapter: str = "fp32", has_bias: bool = True
+) -> KernelVariant:
+    parts = ("expand", type_name, f"R={rank}", "bias" * has_bias)
+    return _expand(parts, type_name, rank, gating, adapter, adds=False, has_bias=has_bias)
 
 
-def expand(type_name: str, rank: int, gating: Gating = "by id") -> KernelVariant:
-    return _expand(f"expand {type_name} R={rank} bias", type_name, rank, gating, adds=False)
+def expand_group(
+    type_name: str, rank: int, layers: int, gating: Gating = "by id", has_bias: bool = True
+) -> KernelVariant:
+    parts = ("expand", type_name, f"R={rank}", "bias" * has_bias, f"layers={layers}")
+    return _expand(parts, type_name, rank, gating, "fp32", adds=False, has_bias=has_bias, layers=layers)
 
 
-def expand_dx(type_name: str, rank: int, adds: bool) -> KernelVariant:
-    name = f"dx only {type_name} R={rank} dropout" + " written" * (not adds)
-    return _expand(name, type_name, rank, is_gated=False, adds=adds)
+def expand_dx(type_name: str, rank: int, dropout: bool, adds: bool, adapter: str = "fp32") -> KernelVariant:
+    parts = ("dx only", type_name, f"R={rank}", "dropout" * dropout, "written" * (not adds))
+    return _expand(parts, type_name, rank, None, adapter, adds=adds, dropout=dropout)
 
 
 def _expand(
-    name: str, type_name: str, rank: int, gating: Gating = "one gate", *, is_gated: bool = True, adds: bool = True
+    parts: tuple[str, ...],
+    type_name: str,
+    rank: int,
+    gating: Gating | None,
+    adapter: str,
+    *,
+    adds: bool = True,
+    has_bias: bool = False,
+    dropout: bool = False,
+    layers: int = 1,
 ) -> KernelVariant:
-    has_bias = is_gated and not adds
+    is_gated = gating is not None
     config = config_for("expand_add", TYPES[type_name], rank)
-    ids_signature, ids_constexprs = _ids(gating)
     size = TYPES[type_name].itemsize
-    moved = (1 + adds) * M * N * size + M * rank * 4 + N * rank * 4
+    moved = layers * ((1 + adds) * M * N * size + M * rank * 4 + N * rank * TYPES[adapter].itemsize)
     unit, strided = ("rank", "column") if is_gated else ("column", "rank")
-    integers = ("M", "N", "stride_y_row", f"stride_weight_{strided}", "threshold")
+    integers = ("M", *WIDTHS, *Y_STRIDES, f"stride_weight_{strided}", "threshold")
+    signature, constexprs = _together(
+        (GATE_SIGNATURE, {}),
+        _per_expert(rank if is_gated else 1),
+        _present("bias_ptr", f"*{type_name}", has_bias),
+        _present("seed_ptr", "*i64", dropout),
+        _ids(gating or "one gate"),
+    )
+    if not is_gated:
+        del signature["gates_ptr"]
+        constexprs["gates_ptr"] = None
+    signature |= {"y_ptr": f"*{type_name}", "weight_ptr": f"*{adapter}"}
+    of_layers, absent = _layers(("y_ptr", "bias_ptr", "weight_ptr", "gates_ptr"), signature, layers)
     return KernelVariant(
-        name=_named(name, gating) if is_gated else name,
+        name=_named(*parts, gating=gating or "by id", adapter=adapter),
         kernel=moda_forward.expand_add_kernel,
-        signature={
-            **GATE_SIGNATURE,
-            **ids_signature,
-            **({"bias_ptr": f"*{type_name}"} if has_bias else {}),
-            "y_ptr": f"*{type_name}",
-            "weight_ptr": "*fp32",
-            "seed_ptr": "*i64",
-            "keep_scale": "fp32",
-            **dict.fromkeys(integers, "i32"),
-        },
+        signature={**signature, **of_layers, "keep_scale": "fp32", **dict.fromkeys(integers, "i32")},
         constexprs={
-            **ids_constexprs,
-            **({} if has_bias else {"bias_ptr": None}),
+            **constexprs,
+            **absent,
             f"stride_weight_{unit}": 1,
             "ADDS": adds,
             "HAS_BIAS": has_bias,
             "IS_GATED": is_gated,
-            "HAS_DROPOUT": not is_gated,
+            "HAS_DROPOUT": dropout,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_R": rank_block(TYPES[type_name], rank),
@@ -161,37 +220,43 @@ def _expand(
         problem=f"M={M} N={N} R={rank}",
         bytes_moved=moved,
         bytes_floor=moved,
-        flops=2 * M * N * rank,
-        aligned=ALIGNED,
+        flops=2 * layers * M * N * rank,
+        aligned=_aligned(rank),
     )
 
 
-def gated_linear(type_name: str, rank: int) -> KernelVariant:
+def gated_linear(
+    type_name: str, rank: int, gating: Gating = "by id", adapter: str = "fp32", has_bias: bool = True
+) -> KernelVariant:
     size = TYPES[type_name].itemsize
     config = moda_gemm.CONFIGS[size]
     block_k = moda_gemm.BLOCK_K if size == 2 else moda_gemm.BLOCK_K // 2
     floor = (M * K + N * K + M * N) * size + M * rank * 4
     integers = ("M", "N", "K", "stride_x_row", "stride_weight_row", "stride_B_row", "stride_y_row")
+    signature, constexprs = _together(
+        (GATE_SIGNATURE, {}),
+        _per_expert(rank),
+        _ids(gating),
+        _present("bias_ptr", f"*{type_name}", has_bias),
+    )
     return KernelVariant(
-        name=f"gated_linear {type_name} R={rank}",
+        name=_named("gated_linear", type_name, f"R={rank}", "no bias" * (not has_bias), gating=gating, adapter=adapter),
         kernel=moda_gemm.gated_linear_kernel,
         signature={
-            **GATE_SIGNATURE,
-            "modality_ids_ptr": "*i32",
+            **signature,
             "x_ptr": f"*{type_name}",
             "weight_ptr": f"*{type_name}",
-            "bias_ptr": f"*{type_name}",
             "y_ptr": f"*{type_name}",
-            "lora_B_ptr": "*fp32",
+            "lora_B_ptr": f"*{adapter}",
             **dict.fromkeys(integers, "i32"),
         },
         constexprs={
-            "HAS_BIAS": True,
-            "GATE_PER_ROW": False,
+            **constexprs,
+            "HAS_BIAS": has_bias,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": block_k,
-            "BLOCK_R": rank_block(TYPES[type_name], rank),
+            "BLOCK_R": moda_gemm.ranks_at_once(TYPES[type_name], rank),
             "PADDED_R": padded_rank(rank),
             "GROUP_M": 8,
         },
@@ -201,36 +266,41 @@ def gated_linear(type_name: str, rank: int) -> KernelVariant:
         bytes_moved=floor,
         bytes_floor=floor,
         flops=2 * M * N * (K + rank),
-        aligned=ALIGNED,
+        aligned=_aligned(rank),
     )
 
 
-def dy_pass(type_name: str, rank: int, gating: Gating = "by id") -> KernelVariant:
+def dy_pass(
+    type_name: str, rank: int, gating: Gating = "by id", needs: Needs = "", adapter: str = "fp32", layers: int = 1
+) -> KernelVariant:
+    """Above LARGEST_FUSED_DY_RANK only with needs "dB only": `project_dy` gives dhg there."""
     config = config_for("dy_pass", TYPES[type_name], rank)
-    fused = padded_rank(rank) <= moda_backward.LARGEST_FUSED_DY_RANK
-    ids_signature, ids_constexprs = _ids(gating)
+    needs_dhg, needs_dB = needs != "dB only", needs != "dhg only"
     size = TYPES[type_name].itemsize
     blocks_of_columns = -(-N // config.block_n)
     chunks = _chunks(config.block_m, blocks_of_columns)
-    floor = M * N * size + 2 * M * rank * 4 + 2 * N * rank * 4
-    parts = 2 * chunks * N * rank * 4 + (2 * blocks_of_columns * M * rank * 4 if fused else 0)
-    integers = ("M", "N", "stride_dy_row", "stride_B_row", "blocks_per_chunk")
+    floor = M * N * size + (1 + needs_dhg) * M * rank * 4 + N * rank * (4 * needs_dB + TYPES[adapter].itemsize)
+    parts = 2 * chunks * N * rank * 4 * needs_dB + 2 * blocks_of_columns * M * rank * 4 * needs_dhg
+    integers = ("M", *WIDTHS, *DY_STRIDES, "stride_B_row", "blocks_per_chunk")
+    signature, constexprs = _together(
+        (GATE_SIGNATURE, {}),
+        _per_expert(rank),
+        _ids(gating),
+        _present("dhg_ptr", "*fp32", needs_dhg),
+        _present("dB_ptr", "*fp32", needs_dB),
+    )
+    signature |= {"dy_ptr": f"*{type_name}", "lora_B_ptr": f"*{adapter}"}
+    of_layers, absent = _layers(("dy_ptr", "lora_B_ptr", "gates_ptr"), signature, layers)
+    parts_of_name = ("dy_pass", type_name, f"R={rank}", needs, f"layers={layers}" * (layers > 1))
     return KernelVariant(
-        name=_named(f"dy_pass {type_name} R={rank}" + ("" if fused else " dB only"), gating),
+        name=_named(*parts_of_name, gating=gating, adapter=adapter),
         kernel=moda_backward.dy_kernel,
-        signature={
-            **GATE_SIGNATURE,
-            **ids_signature,
-            "dy_ptr": f"*{type_name}",
-            "lora_B_ptr": "*fp32",
-            "dB_ptr": "*fp32",
-            "dhg_ptr": "*fp32",
-            **dict.fromkeys(integers, "i32"),
-        },
+        signature={**signature, **of_layers, **dict.fromkeys(integers, "i32")},
         constexprs={
-            **ids_constexprs,
-            "NEEDS_DHG": fused,
-            "NEEDS_DB": True,
+            **constexprs,
+            **absent,
+            "NEEDS_DHG": needs_dhg,
+            "NEEDS_DB": needs_dB,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_R": padded_rank(rank),
@@ -238,77 +308,95 @@ def dy_pass(type_name: str, rank: int, gating: Gating = "by id") -> KernelVarian
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         problem=f"M={M} N={N} R={rank}",
-        bytes_moved=floor + parts,
-        bytes_floor=floor,
-        flops=(4 if fused else 2) * M * N * rank,
-        aligned=ALIGNED,
+        bytes_moved=layers * (floor + parts),
+        bytes_floor=layers * floor,
+        flops=2 * layers * (needs_dhg + needs_dB) * M * N * rank,
+        aligned=_aligned(rank),
     )
 
 
-def gate_gradient(rank: int, gating: Gating) -> KernelVariant:
-    ids_signature, ids_constexprs = _ids(gating)
-    block_inner = padded_inner = max(1, rank // EXPERTS)
+def gate_gradient(
+    rank: int,
+    experts: int = EXPERTS,
+    gating: Gating = "by id",
+    needs_dh: bool = True,
+    needs_gates: bool = True,
+    layers: int = 1,
+) -> KernelVariant:
+    block_e, block_inner = next_power_of_2(experts), next_power_of_2(rank // experts)
     parts = N // 256
-    floor = 3 * M * rank * 4
-    integers = ("M", "E", "parts", "stride_dhg_part", "stride_dh_row", "modalities")
+    floor = layers * (1 + needs_gates + needs_dh) * M * rank * 4
+    integers = ("M", "E", *(f"parts{place}" for place in PLACES), "stride_dhg_part", "stride_dh_row", "modalities")
+    signature, constexprs = _together(
+        (GATE_SIGNATURE, {}),
+        ({}, {"rank_per_expert": 1}) if rank == experts else ({"rank_per_expert": "i32"}, {}),
+        _ids(gating),
+        _present("dh_ptr", "*fp32", needs_dh),
+        _present("dgates_ptr", "*fp32", needs_gates),
+    )
+    of_layers, absent = _layers(("gates_ptr",), signature, layers)
+    only = "" if needs_dh and needs_gates else "dh only" if needs_dh else "gates only"
     return KernelVariant(
-        name=_named(f"gate gradient R={rank}", gating),
+        name=_named(
+            "gate gradient", f"R={rank}", f"E={experts}", only, f"layers={layers}" * (layers > 1), gating=gating
+        ),
         kernel=moda_backward.gate_kernel,
-        signature={
-            **GATE_SIGNATURE,
-            **ids_signature,
-            "dhg_ptr": "*fp32",
-            "dh_ptr": "*fp32",
-            "dgates_ptr": "*fp32",
-            **dict.fromkeys(integers, "i32"),
-        },
+        signature={**signature, **of_layers, "dhg_ptr": "*fp32", **dict.fromkeys(integers, "i32")},
         constexprs={
-            **ids_constexprs,
-            "NEEDS_DH": True,
-            "NEEDS_GATES": True,
-            "BLOCK_M": max(1, 1024 // (EXPERTS * block_inner)),
-            "BLOCK_E": EXPERTS,
-            "BLOCK_RANK_PER_EXPERT": padded_inner,
+            **constexprs,
+            **absent,
+            "NEEDS_DH": needs_dh,
+            "NEEDS_GATES": needs_gates,
+            "BLOCK_M": max(1, 1024 // (block_e * block_inner)),
+            "BLOCK_E": block_e,
+            "BLOCK_RANK_PER_EXPERT": block_inner,
         },
         num_warps=4,
         num_stages=1,
-        problem=f"M={M} R={rank} E={EXPERTS}",
-        bytes_moved=floor + (parts - 1) * M * rank * 4,
+        problem=f"M={M} R={rank} E={experts}",
+        bytes_moved=floor + layers * (parts - 1) * M * rank * 4,
         bytes_floor=floor,
-        flops=(parts + 3) * M * rank,
-        aligned=ALIGNED,
+        flops=layers * (parts + 3) * M * rank,
+        aligned=_aligned(rank),
         tensor_cores=False,
     )
 
 
-def dx_pass(type_name: str, rank: int, dropout: bool, adds: bool = True) -> KernelVariant:
+def dx_pass(
+    type_name: str, rank: int, dropout: bool, adds: bool = True, needs: Needs = "", adapter: str = "fp32"
+) -> KernelVariant:
+    """Above LARGEST_FUSED_DX_RANK only with needs "dA only": `expand_dx` gives dx there."""
     config = config_for("dx_pass", TYPES[type_name], rank)
+    needs_dA, needs_dx = needs != "dx only", needs != "dA only"
     size = TYPES[type_name].itemsize
-    chunks = _chunks(config.block_m, -(-K // config.block_n))
-    fused = padded_rank(rank) <= moda_backward.LARGEST_FUSED_DX_RANK
-    floor = (2 + adds if fused else 1) * M * K * size + M * rank * 4 + 2 * rank * K * 4
+    chunks = _chunks(config.block_m, -(-K // config.block_n)) if needs_dA else 1
+    floor = (needs_dA + (1 + adds) * needs_dx) * M * K * size + M * rank * 4
+    floor += rank * K * (4 * needs_dA + TYPES[adapter].itemsize * needs_dx)
     integers = ["M", "K", "R", "stride_x_row", "stride_dh_row", "stride_A_row", "stride_dx_row"]
     integers += ["blocks_per_chunk", "threshold"]
+    signature, constexprs = _together(
+        _present("x_ptr", f"*{type_name}", needs_dA),
+        _present("dx_ptr", f"*{type_name}", needs_dx),
+        _present("dA_ptr", "*fp32", needs_dA),
+        _present("seed_ptr", "*i64", dropout),
+    )
     return KernelVariant(
-        name=f"dx_pass {type_name} R={rank}"
-        + ("" if fused else " dA only")
-        + " dropout" * dropout
-        + " written" * (not adds),
+        name=_named(
+            *("dx_pass", type_name, f"R={rank}", needs, "dropout" * dropout, "written" * (not adds)), adapter=adapter
+        ),
         kernel=moda_backward.dx_kernel,
         signature={
-            "x_ptr": f"*{type_name}",
-            "dx_ptr": f"*{type_name}",
+            **signature,
             "dh_ptr": "*fp32",
-            "lora_A_ptr": "*fp32",
-            "dA_ptr": "*fp32",
-            "seed_ptr": "*i64",
+            "lora_A_ptr": f"*{adapter}",
             "keep_scale": "fp32",
             **dict.fromkeys(integers, "i32"),
         },
         constexprs={
+            **constexprs,
             "HAS_DROPOUT": dropout,
-            "NEEDS_DA": True,
-            "NEEDS_DX": fused,
+            "NEEDS_DA": needs_dA,
+            "NEEDS_DX": needs_dx,
             "ADDS": adds,
             "BLOCK_M": config.block_m,
             "BLOCK_K": config.block_n,
@@ -317,35 +405,74 @@ def dx_pass(type_name: str, rank: int, dropout: bool, adds: bool = True) -> Kern
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         problem=f"M={M} K={K} R={rank}",
-        bytes_moved=floor + 2 * (chunks - 1) * rank * K * 4,
+        bytes_moved=floor + 2 * (chunks - 1) * rank * K * 4 * needs_dA,
         bytes_floor=floor,
-        flops=(4 if fused else 2) * M * K * rank,
-        aligned=ALIGNED,
+        flops=2 * (needs_dA + needs_dx) * M * K * rank,
+        aligned=_aligned(rank),
     )
 
 
-VARIANTS = (
-    *(project("bf16", rank, dropout) for rank in (16, 64, 256) for dropout in (False, True)),
-    *(project("bf16", rank, True) for rank in (32, 128)),
-    *(project_dy("bf16", rank) for rank in (64, 256)),
-    *(expand_add("bf16", rank) for rank in (16, 32, 64, 128, 256)),
-    *(expand_add("bf16", 16, gating) for gating in ("row gates", "one gate")),
-    *(expand("bf16", rank) for rank in (16, 32, 64, 128, 256)),
-    *(expand("bf16", rank, "one gate") for rank in (16, 64)),
-    *(gated_linear("bf16", rank) for rank in (16, 256)),
-    *(dy_pass("bf16", rank) for rank in (16, 32, 64, 128, 256)),
-    *(dy_pass("bf16", rank, "one gate") for rank in (16, 64)),
-    dy_pass("bf16", 16, "row gates"),
-    *(gate_gradient(rank, gating) for rank in (16, 256) for gating in ("by id", "row gates", "one gate")),
-    *(dx_pass("bf16", rank, True) for rank in (16, 32, 64, 128, 256)),
-    *(dx_pass("bf16", rank, True, adds=False) for rank in (16, 32, 64)),
-    *(dx_pass("bf16", 16, False, adds) for adds in (True, False)),
-    *(expand_dx("bf16", rank, adds) for rank in (128, 256) for adds in (True, False)),
-    *(make("fp32", rank, True) for make in (project, dx_pass) for rank in (16, 32, 64, 128, 256)),
-    *(make("fp32", rank, "row gates") for make in (expand_add, dy_pass) for rank in (16, 32, 64, 128, 256)),
-    expand("fp32", 16),
-    expand_dx("fp32", 256, adds=True),
-    gated_linear("fp32", 16),
-    *(make("fp16", 16, True) for make in (project, dx_pass)),
-    *(make("fp16", 16, "row gates") for make in (expand_add, dy_pass)),
+SIZES = ("bf16", "fp32")
+RANKS = (16, 32, 64, 128, 256)
+FUSED_DY = tuple(rank for rank in RANKS if rank <= moda_backward.LARGEST_FUSED_DY_RANK)
+FUSED_DX = tuple(rank for rank in RANKS if rank <= moda_backward.LARGEST_FUSED_DX_RANK)
+LARGE_DY, LARGE_DX = RANKS[len(FUSED_DY) :], RANKS[len(FUSED_DX) :]
+BOTH = (True, False)
+
+FORWARD = (
+    *(project(*case) for case in product(SIZES, RANKS, BOTH)),
+    *(expand_add(*case) for case in product(SIZES, RANKS, GATINGS)),
+    *(expand(*case) for case in product(SIZES, RANKS, GATINGS)),
+    *(gated_linear(*case) for case in product(SIZES, RANKS, GATINGS)),
 )
+OF_DY = (
+    *(dy_pass(*case) for case in product(SIZES, FUSED_DY, GATINGS)),
+    *(dy_pass(*case, "dB only") for case in product(SIZES, RANKS, GATINGS)),
+    *(dy_pass(*case, "by id", "dhg only") for case in product(SIZES, FUSED_DY)),
+    *(project_dy(*case) for case in product(SIZES, LARGE_DY)),
+    *(
+        gate_gradient(16, EXPERTS, gating, *needs)
+        for gating in GATINGS
+        for needs in ((True, True), (True, False), (False, True))
+    ),
+    *(gate_gradient(*case) for case in ((1, 1), (8, 8), (16, 1), (96, 3), (64, 64), (256, 1), (256, 2), (256, 64))),
+    *(gate_gradient(256, EXPERTS, gating) for gating in GATINGS),
+)
+OF_X = (
+    *(dx_pass(*case) for case in product(SIZES, FUSED_DX, BOTH, BOTH)),
+    *(dx_pass(*case, "dx only") for case in product(SIZES, FUSED_DX, BOTH, BOTH)),
+    *(dx_pass(*case, True, "dA only") for case in product(SIZES, RANKS, BOTH)),
+    *(expand_dx(*case) for case in product(SIZES, LARGE_DX, BOTH, BOTH)),
+)
+# q, k and v together, or gate and up.
+GROUPS = (
+    *(expand_group("bf16", rank, layers, "one gate", has_bias=layers == 3) for rank in RANKS for layers in (2, 3)),
+    *(expand_group(*case, 3, gating) for case in (("bf16", 16), ("fp32", 16)) for gating in ("by id", "row gates")),
+    *(dy_pass("bf16", rank, "one gate", layers=layers) for rank in FUSED_DY for layers in (2, 3)),
+    *(dy_pass(size, 16, gating, layers=3) for size in SIZES for gating in ("by id", "row gates")),
+    *(gate_gradient(16, EXPERTS, gating, layers=3) for gating in GATINGS),
+    *(gate_gradient(rank, layers=2) for rank in FUSED_DY),
+)
+# One of every configuration, or less.
+BFLOAT16_ADAPTERS = (
+    *(project(*case, True, "bf16") for case in product(SIZES, RANKS)),
+    *(make(*case, "by id", "bf16") for make in (expand_add, gated_linear) for case in product(SIZES, RANKS)),
+    *(dy_pass(*case, "by id", "", "bf16") for case in product(SIZES, FUSED_DY)),
+    *(project_dy(*case, "bf16") for case in product(SIZES, LARGE_DY)),
+    *(dx_pass(*case, True, False, "", "bf16") for case in product(SIZES, FUSED_DX)),
+    *(expand_dx(*case, True, False, "bf16") for case in product(SIZES, LARGE_DX)),
+)
+FLOAT16 = (
+    *(project("fp16", rank, True) for rank in (16, 256)),
+    *(make("fp16", rank) for make in (expand_add, expand, gated_linear) for rank in (16, 256)),
+    dy_pass("fp16", 16),
+    dy_pass("fp16", 256, "by id", "dB only"),
+    *(dx_pass("fp16", rank, True) for rank in (16, 64)),
+)
+ONE_RANK_PER_EXPERT = (
+    project("bf16", 8, True),
+    *(make("bf16", 8) for make in (expand_add, gated_linear, dy_pass)),
+    expand("bf16", 8, has_bias=False),
+    dx_pass("bf16", 8, True, False),
+)
+VARIANTS = (*FORWARD, *OF_DY, *OF_X, *GROUPS, *BFLOAT16_ADAPTERS, *FLOAT16, *ONE_RANK_PER_EXPERT)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sda_fast.ops.moda_linear import as_one_id
+
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
@@ -28,12 +30,13 @@ class ActiveModality:
     def __init__(self, value: str | int | Tensor) -> None:
         self.value = value
         self.on_device: dict[torch.device, Tensor] = {}
+        self.largest_moved = -1
 
-    def resolve(self, names: Sequence[str], device: torch.device) -> int | Tensor:
-        """The id, or the ids on `device`, for a layer that knows the given names.
+    def resolve(self, names: Sequence[str], num_modalities: int, device: torch.device) -> int | Tensor:
+        """The id, or the ids on `device`, for a layer that knows the given names and so many modalities.
 
         Raises:
-            ValueError: the name is not among them.
+            ValueError: the name is not among them, or an id that has to be moved from a CPU is too large.
         """
         value = self.value
         if isinstance(value, str):
@@ -43,7 +46,12 @@ class ActiveModality:
         if isinstance(value, int) or value.device == device:
             return value
         if device not in self.on_device:
+            # Looking at ids on a GPU would wait for it.
+            if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
+                self.largest_moved = int(value.max())
             self.on_device[device] = value.to(device)
+        if not torch.compiler.is_compiling() and self.largest_moved >= num_modalities:
+            raise ValueError(f"modality_ids go up to {self.largest_moved} but there are {num_modalities} modalities")
         return self.on_device[device]
 
 
@@ -181,6 +189,7 @@ def outer_hooks() -> Hooks | None:
 
 def checked(which: Any) -> str | int | Tensor:
     """A name, an id, or an integer tensor."""
+    which = as_one_id(which)
     if isinstance(which, (str, int)) and not isinstance(which, bool):
         if isinstance(which, int) and which < 0:
             raise ValueError(f"a modality id must not be negative, got {which}")
@@ -193,4 +202,4 @@ def checked(which: Any) -> str | int | Tensor:
         raise TypeError(f"modality ids must be integers, got {which.dtype}")
     if which.device.type == "cpu" and not torch.compiler.is_compiling() and which.numel() and int(which.min()) < 0:
         raise ValueError(f"a modality id must not be negative, got {int(which.min())}")
-    return int(which) if which.dim() == 0 and which.device.type == "cpu" else which
+    return which

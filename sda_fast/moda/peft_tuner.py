@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from sda_fast.moda.adapted import apply_group
+from sda_fast.moda.adapted import apply_frozen, apply_group
 from sda_fast.moda.config import ALL_LINEAR, MoDAConfig, check_sizes
 from sda_fast.moda.context import current_modality
 from sda_fast.moda.fold import FoldableLayer
@@ -138,6 +138,10 @@ class MoDATunerLayer(FoldableLayer, BaseTunerLayer):
         return self._active("configs").lora_dropout
 
     @property
+    def num_modalities(self) -> int:
+        return self._active("configs").num_modalities
+
+    @property
     def modality_names(self) -> tuple[str, ...]:
         return tuple(self._active("configs").modality_names)
 
@@ -157,13 +161,14 @@ class MoDATunerLayer(FoldableLayer, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `MoDALinear.forward`; the frozen layer alone while adapters are disabled."""
         if self.active_name is None:
-            return self.base_layer(x, *args, **kwargs)
+            return apply_frozen(self, x)
         modality = current_modality()
         if self.shared_input is not None:
             y = self.shared_input.take(self, x, modality)
             if y is not None:
                 return y
-        return apply_group([self], x, modality.resolve(self.modality_names, x.device))[0]
+        ids = modality.resolve(self.modality_names, self.num_modalities, x.device)
+        return apply_group([self], x, ids)[0]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always an error: one merged weight cannot serve several modalities."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sda_fast.moda.adapted import AdaptedLayer, apply_group
 from sda_fast.moda.context import ActiveModality
+from sda_fast.ops.held import version_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ class SharedInput:
 
     def compute(self, x: Tensor, active: ActiveModality) -> None:
         first = self.layers[0]
-        ids = active.resolve(first.modality_names, x.device)
+        modalities = min(layer.num_modalities for layer in self.layers)
+        ids = active.resolve(first.modality_names, modalities, x.device)
         self.outputs = list(apply_group(self.layers, x, ids))
         self.x, self.active, self.grad_enabled = x, active, torch.is_grad_enabled()
         self.version = version_of(x)
@@ -82,11 +84,6 @@ class SharedInput:
 
     def clear(self) -> None:
         self.outputs, self.x, self.active = [], None, None
-
-
-def version_of(x: Tensor) -> int:
-    """How often x was modified in place; inference tensors do not count."""
-    return 0 if x.is_inference() else x._version
 
 
 class SharedInputGroup:

@@ -33,13 +33,14 @@ def test_a_run_measures_the_small_model_and_writes_results_picture_and_page(benc
     shown = run_bench(
         BenchConfig("cached", device="cpu", seconds=0.01, output=tmp_path, invocation="a command", page=page)
     )
-    document = json.loads((tmp_path / "cached-cpu.json").read_text())
+    path = bench.bench.results_file(tmp_path, "cached", torch.device("cpu"))
+    document = json.loads(path.read_text())
     direct, chunked = document["records"]
     assert (direct["chunk"], chunked["chunk"]) == (0, 2) and direct["tokens"] == chunked["tokens"] > 100
     for record in (direct, chunked):
         assert record["error"] < 1e-5 and record["milliseconds"][0] > 0 and record["model"] == "width 128, 4 layers"
     assert chunked["to_direct"] > 0 and chunked["memory_to_direct"] >= 0
-    assert "all (direct)" in shown and (tmp_path / "cached-cpu.png").stat().st_size > 1000
+    assert "all (direct)" in shown and path.with_suffix(".png").stat().st_size > 1000
     text = page.read_text()
     assert "old" not in text and "| 6 | 2 |" in text and "## The cached step on a GPU\n\nnot measured" in text
 

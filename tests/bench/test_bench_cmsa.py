@@ -39,7 +39,7 @@ def test_every_method_is_right_on_a_small_batch(bench: SimpleNamespace) -> None:
 def test_a_run_writes_results_picture_and_page_and_a_second_one_adds_to_them(bench, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{bench.tables.BEGIN}\nold\n{bench.tables.END}\nafter\n")
-    path = tmp_path / "results" / "cmsa-cpu.json"
+    path = bench.bench.results_file(tmp_path / "results", "cmsa", torch.device("cpu"))
     shown = run_bench(config(tmp_path / "results", "ours", items=(16,), picture=True, page=page))
     first = json.loads(path.read_text())["records"]
     assert [(r["loss"], r["B"]) for r in first] == [("CMSA", 16), ("InfoNCE", 16)]

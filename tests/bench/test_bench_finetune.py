@@ -18,6 +18,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="module")
 def bench() -> SimpleNamespace:
@@ -36,7 +38,7 @@ def document(bench, tmp_path_factory) -> dict:
     methods = ("MoDA", "MoDA, chunks of 4", "PEFT LoRA", "loop over experts", "no adapter")
     config = BenchConfig("finetune", device="cpu", items=(4,), steps=2, methods=methods, output=folder, page=page)
     shown = run_bench(dataclasses.replace(config, picture=False, invocation="a command"))
-    written = json.loads((folder / "finetune-cpu.json").read_text())
+    written = json.loads(bench.bench.results_file(folder, "finetune", CPU).read_text())
     return {**written, "shown": shown, "page": page.read_text()}
 
 
@@ -91,7 +93,7 @@ def test_a_method_that_fails_has_a_reason_and_the_others_go_on(bench, tmp_path, 
     monkeypatch.setattr(bench.bench, "VARIANTS", table)
     config = BenchConfig("finetune", device="cpu", items=(2,), steps=1, output=tmp_path, plan=False)
     shown = bench.bench.run(config)
-    failed, other = json.loads((tmp_path / "finetune-cpu.json").read_text())["records"]
+    failed, other = json.loads(bench.bench.results_file(tmp_path, "finetune", CPU).read_text())["records"]
     assert failed["reason"] == "failed: RuntimeError: no such layer" and "broken: failed" in shown
     assert other["steps"] == 1
 

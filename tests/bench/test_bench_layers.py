@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 from sda_fast import bench_command, timing
-from sda_fast.bench_command import BenchConfig, bench_folder, run_bench
+from sda_fast.bench_command import MODULES, OPTIONS, BenchConfig, bench_folder, run_bench
 from sda_fast.cli import main
 
 PLAIN = "concatenated PyTorch"
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,8 @@ def test_a_run_writes_results_picture_and_page(tiny: SimpleNamespace, tmp_path: 
     page = page_with_marks(tmp_path, tiny.tables)
     methods = ("frozen layer", "MoDA", "PEFT LoRA", PLAIN, "loop over experts")
     shown = run_bench(config(tmp_path / "results", *methods, page=page))
-    document = json.loads((tmp_path / "results" / "moda-cpu.json").read_text())
+    path = tiny.layers.results_file(tmp_path / "results", "moda", CPU)
+    document = json.loads(path.read_text())
     assert document["kind"] == "cpu" and document["command"] == "a command"
     assert document["versions"]["torch"] == torch.__version__ and document["device"]
     assert {record["mode"] for record in document["records"]} == {"forward", "forward + backward"}
@@ -60,14 +63,59 @@ def test_a_run_writes_results_picture_and_page(tiny: SimpleNamespace, tmp_path: 
     timed = {(record["mode"], record["method"]): record for record in document["records"]}
     assert set(timed) == {(mode, name) for mode in ("forward", "forward + backward") for name in methods}
     assert timed["forward", "frozen layer"]["to_frozen"] == timed["forward", "PEFT LoRA"]["to_peft"] == 1
-    assert (tmp_path / "results" / "moda-cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "One adapted layer on a GPU\n\nnot measured" in text and text.count("| MoDA |") == 2
-    assert "(../results/moda-cpu.png)" not in text and "moda-cpu.png)" in text
+    assert f"(../results/{path.stem}.png)" not in text and f"{path.stem}.png)" in text
     assert "small 64->48, M=24, E=4, r=16, dropout 0.1, bfloat16" in shown and "summary: forward + backward" in shown
-    assert run_bench(config(tmp_path / "results", measure=False, page=page)).count("moda-cpu") == 2
+    assert run_bench(config(tmp_path / "results", measure=False, page=page)).count(path.stem) == 2
     assert page.read_text() == text
+
+
+def test_every_processor_has_a_file_of_its_own_and_the_page_shows_them_one_after_the_other(
+    tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = page_with_marks(tmp_path, tiny.tables)
+    for name in ("One Processor, 2 cores", "Other (R) 7, 8 cores"):
+        monkeypatch.setattr(tiny.layers, "device_name", lambda device, name=name: name)
+        run_bench(config(tmp_path / "results", "frozen layer", "MoDA", picture=False, page=page))
+    names = [path.name for path in tiny.tables.PAGE.result_files(tmp_path / "results")]
+    assert names == ["moda-one-processor-2-cores.json", "moda-other-r-7-8-cores.json"]
+    on_a_cpu = page.read_text().split("## One adapted layer on a CPU")[1]
+    assert on_a_cpu.index("### One Processor, 2 cores") < on_a_cpu.index("### Other (R) 7, 8 cores")
+    assert page.read_text().count("| MoDA |") == 4
+
+
+def test_a_second_run_goes_on_where_the_first_ran_out_of_time(
+    tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [*tiny.cases.CPU_QUICK, tiny.cases.case("small", 8, 0.1, experts=4, r=16)]
+    path = tiny.layers.results_file(tmp_path, "moda", CPU)
+    measured: list[str] = []
+    measure_case = tiny.layers.measure_case
+
+    def counted(case: object, *arguments: object, **options: object) -> object:
+        measured.append(str(case))
+        return measure_case(case, *arguments, **options)
+
+    def run(**options: object) -> list[dict]:
+        measured.clear()
+        run_bench(config(tmp_path, "frozen layer", "MoDA", picture=False, **options))
+        return json.loads(path.read_text())["records"]
+
+    monkeypatch.setattr(tiny.layers, "measure_case", counted)
+    first = run()
+    assert measured == [str(both[0])]
+    monkeypatch.setattr(tiny.cases, "CPU_QUICK", both)
+    stopped = run(limit=0.0)
+    assert not measured and stopped[:-1] == first and stopped[-1]["reason"] == tiny.layers.OUT_OF_TIME
+    second = run()
+    assert measured == [str(both[1])] and second[: len(first)] == first and len(second) == 2 * len(first)
+    run(anew=True)
+    assert measured == [str(case) for case in both]
+    run(compile_cases=0)
+    assert measured == [str(case) for case in both], "under other settings nothing is kept"
 
 
 def test_what_every_method_keeps_for_backward(tiny: SimpleNamespace) -> None:
@@ -137,7 +185,7 @@ def test_the_results_name_the_command_line(
     words = ["bench", "--device", "cpu", "--limit", "0", "--no-picture", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["/somewhere/sda-fast", *words])
     assert main(words) == 0
-    document = json.loads((tmp_path / "moda-cpu.json").read_text())
+    document = json.loads(tiny.layers.results_file(tmp_path, "moda", CPU).read_text())
     assert document["command"] == " ".join(["sda-fast", *words])
 
 
@@ -186,7 +234,41 @@ def test_without_a_checkout_the_command_says_what_to_do(
     assert "get a checkout of sda-fast" in capsys.readouterr().err
 
 
+def test_the_steps_of_the_gpu_script_fit_the_time_it_promises() -> None:
+    script = (bench_folder() / "gpu.sh").read_text()
+    limits = {name: int(seconds) for name, seconds in re.findall(r"step (\w+) (\d+) ", script)}
+    assert len(limits) == 9 and "at most 8 minutes, 10 where the CUDA" in script
+    starting = 5
+    assert sum(limits.values()) + starting <= 600 and sum(limits.values()) - limits["library"] + starting <= 480
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shapes", "32x64"], "--shapes means nothing with --what layer, only with --tune"),
+        (["--what", "nf4", "--layers", "q"], "--layers means nothing with --what nf4, only with --what layer"),
+        (["--what", "nf4", "--methods", "MoDA"], "only with --what layer, --what cmsa, --what finetune"),
+        (["--what", "cached", "--dimensions", "8"], "--dimensions means nothing with --what cached"),
+        (["--what", "finetune", "--no-quick"], "--quick means nothing with --what finetune"),
+        (["--what", "cmsa", "--no-plan"], "--plan means nothing with --what cmsa"),
+        (["--steps", "3"], "--steps means nothing with --what layer, only with --what finetune"),
+        (["--tune", "--what", "nf4"], "--what means nothing with --tune"),
+        (["--tune", "--compile-cases", "1"], "--compile-cases means nothing with --tune"),
+        (["--tune", "--page", "docs/nf4.md"], "--page means nothing with --tune"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(words: list[str], message: str, capsys) -> None:
+    assert main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_job_of_the_benchmarks_has_its_options() -> None:
+    assert set(OPTIONS) == {"--tune", *(f"--what {what}" for what in MODULES)}
+    known = {option.name for option in dataclasses.fields(BenchConfig)}
+    assert all(known >= set(names) for names in OPTIONS.values())
+
+
 def test_a_missing_gpu_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--device", "cuda"]) == 2
     assert "needs a GPU" in capsys.readouterr().err

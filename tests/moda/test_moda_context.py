@@ -7,6 +7,7 @@ import threading
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -246,7 +247,7 @@ def test_changing_a_saved_tensor_in_place_is_still_an_error(result: bool) -> Non
 def test_names_ids_and_tensors_mean_the_same() -> None:
     one, x = layer(), torch.randn(3, 2, 8, dtype=torch.float64)
     outputs = []
-    for which in ("text", 1, [1, 1, 1], torch.ones(3, 2, dtype=torch.int32), torch.tensor(1)):
+    for which in ("text", 1, [1, 1, 1], torch.ones(3, 2, dtype=torch.int32), torch.tensor(1), np.int64(1)):
         with modality(which):
             outputs.append(one(x))
     with modality("image"):
@@ -258,7 +259,11 @@ def test_names_ids_and_tensors_mean_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("which", "error"), [(-1, ValueError), ([0, -1], ValueError), (1.5, TypeError), (torch.ones(2), TypeError)]
+    ("which", "error"),
+    [
+        *((which, ValueError) for which in (-1, [0, -1], np.int64(-1), torch.tensor(-1))),
+        *((which, TypeError) for which in (1.5, torch.ones(2), np.float64(1), torch.tensor(True))),
+    ],
 )
 def test_wrong_ids_are_errors(which: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
@@ -271,3 +276,13 @@ def test_an_unknown_name_and_an_id_too_large_are_errors_at_the_layer() -> None:
         one(x)
     with modality([0, 2]), pytest.raises(ValueError, match="2 modalities"):
         one(x)
+
+
+def test_ids_on_a_cpu_are_checked_before_they_are_moved_to_another_device() -> None:
+    elsewhere = torch.empty(2, 8, device="meta")
+    with modality([0, 2]), pytest.raises(ValueError, match="go up to 2 but there are 2 modalities"):
+        layer()(elsewhere)
+    active = modality([0, 2]).modality
+    assert active.resolve((), 3, elsewhere.device).device.type == "meta"
+    with pytest.raises(ValueError, match="go up to 2"):
+        active.resolve((), 2, elsewhere.device)

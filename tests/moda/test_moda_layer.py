@@ -105,6 +105,7 @@ def test_one_expert_is_plain_lora() -> None:
         ({"r": 8, "num_experts": 3}, "num_experts must divide"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"num_modalities": 0}, "num_modalities"),
+        *(({"cache_folded": which}, "is not among the adapter's 2 modalities") for which in ("imgae", 2, -1, 1.0)),
     ],
 )
 def test_wrong_sizes_are_errors(options: dict, message: str) -> None:

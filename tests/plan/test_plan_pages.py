@@ -14,10 +14,9 @@ def test_pages_hold_the_tables_of_the_results_files(monkeypatch):
     import tower_cache_speed
 
     document = json.loads((ROOT / "bench" / "results" / "memory-diet.json").read_text(encoding="utf-8"))
-    measured = json.loads((ROOT / "bench" / "results" / "tower-cache-cpu.json").read_text(encoding="utf-8"))
     memory, planning = ((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("memory", "planning"))
     assert "\n".join(memory_diet.diet_table(document)) in memory
-    assert tower_cache_speed.as_markdown(measured) in memory
+    assert tower_cache_speed.text_of(ROOT / "bench" / "results") in memory
     assert "\n".join(memory_diet.planned_tables(document)) in planning
 
 
