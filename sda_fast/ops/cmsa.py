@@ -185,7 +185,7 @@ def check_temperature(temperature: float) -> None:
     """Raise unless it is a positive finite number."""
     if not isinstance(temperature, numbers.Real):
         raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 

@@ -255,6 +255,13 @@ def test_operations_pass_opcheck_and_compile_without_graph_breaks():
         torch.testing.assert_close(a, b)
 
 
+def test_a_temperature_that_changes_compiles_without_graph_breaks():
+    x, y = embeddings(9, 6, torch.float32)
+    compiled = torch.compile(lambda x, y, t: cmsa_loss(x, y, t), fullgraph=True, backend="aot_eager", dynamic=True)
+    for temperature in (1.0, 2.0, 3.5):
+        torch.testing.assert_close(compiled(x, y, temperature), cmsa_loss(x, y, temperature))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
