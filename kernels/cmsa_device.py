@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sda_fast.kernels.launching import kernel
+
 BITS_PER_NAT = tl.constexpr(1.4426950408889634)
 
 
@@ -189,7 +191,7 @@ def store_statistics(
     tl.store(out_ptrs + 6 * length, target_logits, mask=local_mask)
 
 
-@triton.jit
+@kernel
 def statistics_kernel(
     x_ptr,
     y_ptr,
@@ -310,7 +312,7 @@ def below(scores, high, low, scale):
     return tl.where(difference > 0, 0.0, difference)
 
 
-@triton.jit
+@kernel
 def target_sums_kernel(
     x_ptr,
     y_ptr,
@@ -405,7 +407,7 @@ def target_sums_kernel(
         tl.store(column_ptrs + 3 * columns_count, tl.sum(transposed_targets * c_rows_low, 0), mask=column_mask)
 
 
-@triton.jit
+@kernel
 def gradients_kernel(
     x_ptr,
     y_ptr,

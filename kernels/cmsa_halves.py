@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import cdiv, next_power_of_2
+from sda_fast.kernels.launching import kernel
 
 LARGEST_EXPONENT = tl.constexpr(14)
 # below, the scale's reciprocal would overflow
@@ -39,7 +40,7 @@ def excess(values, scale, inverse):
     return (others - values) * (others + values)
 
 
-@triton.jit
+@kernel
 def described_kernel(
     x_ptr,
     y_ptr,
@@ -83,7 +84,7 @@ def described_kernel(
     tl.store(out_ptrs + 2, sums - differences)
 
 
-@triton.jit
+@kernel
 def halves_kernel(
     x_ptr,
     y_ptr,

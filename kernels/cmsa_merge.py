@@ -8,6 +8,7 @@ import triton.language as tl
 
 from sda_fast.kernels.cmsa_device import BITS_PER_NAT
 from sda_fast.kernels.configs import cdiv
+from sda_fast.kernels.launching import kernel
 
 BLOCK_PARTS, BLOCK_ITEMS, NUM_WARPS = 16, 32, 4
 
@@ -26,7 +27,7 @@ def part_weights(largest_ptrs, sums_ptrs, mask, overall, scale):
     return sums * tl.exp2((largest - overall[None, :]) * scale)
 
 
-@triton.jit
+@kernel
 def merge_statistics_kernel(
     parts_ptr,
     temperature_ptr,
@@ -104,7 +105,7 @@ def merge_statistics_kernel(
     tl.store(mean_ptrs, mean, mask=item_mask)
 
 
-@triton.jit
+@kernel
 def add_target_sums_kernel(
     parts_ptr,
     running_ptr,

@@ -4,7 +4,7 @@ How to enter a kernel. A module with device code has beside it a table, a module
 `KernelVariant`, and the table's module is named in `TABLES` below. A variant says
 
     name          what to print, e.g. "project bf16 R=16 dropout"
-    kernel        the function decorated with `triton.jit`
+    kernel        the function decorated with `triton.jit` or `launching.kernel`
     signature     run-time arguments in any order: name -> "*bf16", "*fp32", "i32", "i64", "fp32", ...
     constexprs    every other argument: name -> value (None for an absent pointer)
     num_warps, num_stages
@@ -39,6 +39,7 @@ from triton.compiler import ASTSource
 
 TABLES = (
     "sda_fast.kernels.moda_variants",
+    "sda_fast.kernels.gates_variants",
     "sda_fast.kernels.nf4_variants",
     "sda_fast.kernels.cmsa_variants",
 )

@@ -8,14 +8,16 @@ W is added afterwards. Sizes as in `moda_forward`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import LaunchConfig, cdiv, config_for, next_power_of_2, padded_rank, programs_wanted
 from sda_fast.kernels.gating import gate_rows, gates_are_per_row, load_gated
+from sda_fast.kernels.group import filled, layer_of_block, number_of, pointer_of
+from sda_fast.kernels.launching import kernel
 from sda_fast.kernels.moda_forward import (
     LARGEST_RANK_BLOCK,
     launch_expand_add,
@@ -30,19 +32,29 @@ LARGEST_FUSED_DY_RANK = 32
 LARGEST_FUSED_DX_RANK = 64
 
 
-@triton.jit
+@kernel
 def dy_kernel(
     dy_ptr,
+    dy_1_ptr,
+    dy_2_ptr,
     h_ptr,
     lora_B_ptr,
+    lora_B_1_ptr,
+    lora_B_2_ptr,
     gates_ptr,
+    gates_1_ptr,
+    gates_2_ptr,
     modality_ids_ptr,
     dhg_ptr,
     dB_ptr,
     M,
     N,
+    N_1,
+    N_2,
     R,
     stride_dy_row,
+    stride_dy_1_row,
+    stride_dy_2_row,
     stride_h_row,
     stride_B_row,
     stride_gates_row,
@@ -50,6 +62,7 @@ def dy_kernel(
     rank_per_expert,
     scaling,
     blocks_per_chunk,
+    LAYERS: tl.constexpr,
     GATE_PER_ROW: tl.constexpr,
     NEEDS_DHG: tl.constexpr,
     NEEDS_DB: tl.constexpr,
@@ -57,9 +70,22 @@ def dy_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """dhg of every block of columns, and dB of every chunk of rows; layers' blocks and columns follow each other."""
     column_block = tl.program_id(0)
     chunk = tl.program_id(1)
-    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_1 = tl.cdiv(N, BLOCK_N)
+    first_2 = first_1 + tl.cdiv(N_1, BLOCK_N)
+    layer = layer_of_block(column_block, first_1, first_2, LAYERS)
+    dy_ptr = pointer_of(layer, dy_ptr, dy_1_ptr, dy_2_ptr, LAYERS)
+    lora_B_ptr = pointer_of(layer, lora_B_ptr, lora_B_1_ptr, lora_B_2_ptr, LAYERS)
+    gates_ptr = pointer_of(layer, gates_ptr, gates_1_ptr, gates_2_ptr, LAYERS)
+    stride_dy_row = number_of(layer, stride_dy_row, stride_dy_1_row, stride_dy_2_row, LAYERS)
+    columns_before = number_of(layer, 0, N, N + N_1, LAYERS)
+    columns_of_all = N + N_1 + N_2
+    N = number_of(layer, N, N_1, N_2, LAYERS)
+    h_ptr += layer * R
+    first_block_of_layer = number_of(layer, 0, first_1, first_2, LAYERS)
+    columns = (column_block - first_block_of_layer) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     column_mask = columns < N
     rank_mask = ranks < R
@@ -99,15 +125,18 @@ def dy_kernel(
             )
             accumulator = tl.dot(tl.trans(dy), gated.to(dy.dtype), accumulator, input_precision="tf32x3")
     if NEEDS_DB:
-        dB_ptrs = dB_ptr + (chunk.to(tl.int64) * N + columns)[:, None] * R + ranks[None, :]
+        dB_rows = chunk.to(tl.int64) * columns_of_all + columns_before + columns
+        dB_ptrs = dB_ptr + dB_rows[:, None] * R + ranks[None, :]
         tl.store(dB_ptrs, accumulator, mask=column_mask[:, None] & rank_mask[None, :])
 
 
-@triton.jit
+@kernel
 def gate_kernel(
     dhg_ptr,
     h_ptr,
     gates_ptr,
+    gates_1_ptr,
+    gates_2_ptr,
     modality_ids_ptr,
     dh_ptr,
     dgates_ptr,
@@ -115,6 +144,8 @@ def gate_kernel(
     R,
     E,
     parts,
+    parts_1,
+    parts_2,
     stride_dhg_part,
     stride_h_row,
     stride_gates_row,
@@ -123,6 +154,7 @@ def gate_kernel(
     rank_per_expert,
     modalities,
     scaling,
+    LAYERS: tl.constexpr,
     GATE_PER_ROW: tl.constexpr,
     NEEDS_DH: tl.constexpr,
     NEEDS_GATES: tl.constexpr,
@@ -130,7 +162,18 @@ def gate_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_RANK_PER_EXPERT: tl.constexpr,
 ):
-    """Add up the parts of dhg, give dh = dhg * G and the gates' gradients: per row, or one partial sum per program."""
+    """Add up the parts of dhg, give dh = dhg * G and the gates' gradients: per row, or one partial sum per program.
+
+    One program for each block of rows of each layer, whose parts follow each other.
+    """
+    layer = tl.program_id(1)
+    gates_ptr = pointer_of(layer, gates_ptr, gates_1_ptr, gates_2_ptr, LAYERS)
+    parts_before = number_of(layer, 0, parts, parts + parts_1, LAYERS)
+    parts = number_of(layer, parts, parts_1, parts_2, LAYERS)
+    dhg_ptr += parts_before.to(tl.int64) * stride_dhg_part if LAYERS > 1 else 0
+    h_ptr += layer * R
+    if NEEDS_DH:
+        dh_ptr += layer * R
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     experts = tl.arange(0, BLOCK_E)
     inner = tl.arange(0, BLOCK_RANK_PER_EXPERT)
@@ -153,15 +196,17 @@ def gate_kernel(
         h = tl.load(h_ptr + rows_wide * stride_h_row + ranks, mask=mask, other=0.0).to(tl.float32)
         dgates = tl.sum(dhg * h, axis=2) * scaling
         if GATE_PER_ROW:
-            tl.store(dgates_ptr + rows.to(tl.int64)[:, None] * E + experts[None, :], dgates, mask=row_expert_mask)
+            dgates_rows = layer.to(tl.int64) * M + rows
+            tl.store(dgates_ptr + dgates_rows[:, None] * E + experts[None, :], dgates, mask=row_expert_mask)
         else:
             for modality in range(modalities):
                 of_modality = tl.sum(tl.where((which == modality)[:, None], dgates, 0.0), axis=0)
-                partial_ptrs = dgates_ptr + (tl.program_id(0) * modalities + modality) * E + experts
+                partial = (tl.program_id(0) * LAYERS + layer) * modalities + modality
+                partial_ptrs = dgates_ptr + partial * E + experts
                 tl.store(partial_ptrs, of_modality, mask=experts < E)
 
 
-@triton.jit
+@kernel
 def dx_kernel(
     x_ptr,
     dh_ptr,
@@ -266,44 +311,79 @@ def dy_pass(
     Returns:
         (dh [M, R], dB [N, R], dgates of the shape of gates), float32 each, None where not asked for.
     """
-    dy = with_unit_columns(dy)
-    (M, N), R, E = dy.shape, h.shape[1], gates.shape[1]
-    float32, device = torch.float32, dy.device
-    dh = (torch.empty(M, R, dtype=float32, device=device) if dh_out is None else dh_out) if needs_dh else None
-    if M == 0 or N == 0:
+    needs = {"needs_dh": needs_dh, "needs_dB": needs_dB, "needs_gates": needs_gates}
+    options: dict[str, Any] = {"rows_per_sequence": rows_per_sequence, "dh_out": dh_out, "config": config, **needs}
+    dh, dB, dgates = dy_pass_of_group([dy], h, [lora_B], [gates], modality_ids, scaling, **options)
+    return dh, dB[0], dgates[0]
+
+
+def dy_pass_of_group(
+    dys: Sequence[torch.Tensor],
+    h: torch.Tensor,
+    lora_B: Sequence[torch.Tensor],
+    gates: Sequence[torch.Tensor],
+    modality_ids: torch.Tensor | None,
+    scaling: float,
+    *,
+    rows_per_sequence: int = 1,
+    needs_dh: bool = True,
+    needs_dB: bool = True,
+    needs_gates: bool = True,
+    dh_out: torch.Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> tuple[torch.Tensor | None, Sequence[torch.Tensor | None], Sequence[torch.Tensor | None]]:
+    """`dy_pass` for up to LAYERS_PER_LAUNCH layers that share x, in one launch of every kernel.
+
+    Args:
+        dys: one [M, N] per layer, N may differ.
+        h, dh_out: [M, layers * R] float32, unit column stride, the layers' side by side.
+        lora_B, gates: one per layer, of one R, number of lines and E, dtype, and strides; more than one layer only
+            where `fuses_dy` says so of R.
+    Returns:
+        dh [M, layers * R], and the layers' dB and dgates; float32, None where not asked for.
+    """
+    layers, M, (_, R) = len(dys), dys[0].shape[0], lora_B[0].shape
+    float32, device, widths = torch.float32, dys[0].device, [dy.shape[1] for dy in dys]
+    dh = (torch.empty(M, layers * R, dtype=float32, device=device) if dh_out is None else dh_out) if needs_dh else None
+    dB: Sequence[torch.Tensor | None] = [None] * layers
+    if M == 0 or sum(widths) == 0:
         if dh is not None:
             dh.zero_()
-        dB = torch.zeros(N, R, dtype=float32, device=device) if needs_dB else None
-        return dh, dB, torch.zeros(gates.shape, dtype=float32, device=device) if needs_gates else None
+        if needs_dB:
+            dB = [torch.zeros(N, R, dtype=float32, device=device) for N in widths]
+        zeros = [torch.zeros(one.shape, dtype=float32, device=device) if needs_gates else None for one in gates]
+        return dh, dB, zeros
 
-    config = config or config_for("dy_pass", dy.dtype, R)
+    dys = [with_unit_columns(dy) for dy in dys]
+    config = config or config_for("dy_pass", dys[0].dtype, R)
     needs_dhg = needs_dh or needs_gates
-    fused = needs_dhg and padded_rank(R) <= LARGEST_FUSED_DY_RANK
-    blocks_of_columns = cdiv(N, config.block_n)
-    chunks, blocks_per_chunk = chunks_of_rows(M, config.block_m, blocks_of_columns, dy.device)
-    dhg_parts = torch.empty(blocks_of_columns, M, R, dtype=float32, device=device) if fused else None
-    dB_parts = torch.empty(chunks, N, R, dtype=float32, device=device) if needs_dB else None
+    fused = needs_dhg and fuses_dy(R)
+    blocks = [cdiv(N, config.block_n) for N in widths]
+    chunks, blocks_per_chunk = chunks_of_rows(M, config.block_m, sum(blocks), device)
+    dhg_parts = torch.empty(sum(blocks), M, R, dtype=float32, device=device) if fused else None
+    dB_parts = torch.empty(chunks, sum(widths), R, dtype=float32, device=device) if needs_dB else None
     if fused or needs_dB:
-        dy_kernel[(blocks_of_columns, chunks)](
-            dy,
+        dy_kernel[(sum(blocks), chunks)](
+            *filled(dys, None),
             h,
-            lora_B,
-            gates,
+            *filled(lora_B, None),
+            *filled(gates, None),
             modality_ids,
             dhg_parts,
             dB_parts,
             M,
-            N,
+            *filled(widths, 0),
             R,
-            dy.stride(0),
+            *filled([dy.stride(0) for dy in dys], 0),
             h.stride(0),
-            lora_B.stride(0),
-            gates.stride(0),
+            lora_B[0].stride(0),
+            gates[0].stride(0),
             rows_per_sequence,
-            R // E,
+            R // gates[0].shape[1],
             scaling,
             blocks_per_chunk,
-            GATE_PER_ROW=gates_are_per_row(gates, modality_ids),
+            LAYERS=layers,
+            GATE_PER_ROW=gates_are_per_row(gates[0], modality_ids),
             NEEDS_DHG=fused,
             NEEDS_DB=needs_dB,
             BLOCK_M=config.block_m,
@@ -315,54 +395,65 @@ def dy_pass(
         )
     if needs_dhg and not fused:
         dhg = torch.empty(M, R, dtype=float32, device=device)
-        project_config = config_for("project", dy.dtype, R)
-        dhg_parts = project_partials(dy, lora_B.t(), out=dhg, split_k=None, config=project_config)
-        dhg_parts = dhg if dhg_parts is None else dhg_parts
-    dgates = None
+        project_config = config_for("project", dys[0].dtype, R)
+        dhg_parts = project_partials(dys[0], lora_B[0].t(), out=dhg, split_k=None, config=project_config)
+        dhg_parts = dhg[None] if dhg_parts is None else dhg_parts
+        blocks = [dhg_parts.shape[0]]
+    dgates: Sequence[torch.Tensor | None] = [None] * layers
     if dhg_parts is not None:
-        dgates = _apply_gates(dhg_parts, h, gates, modality_ids, scaling, rows_per_sequence, dh, needs_gates)
-    return dh, None if dB_parts is None else dB_parts.sum(0), dgates
+        rows = (modality_ids, scaling, rows_per_sequence)
+        dgates = _apply_gates(dhg_parts, blocks, h, gates, *rows, dh, needs_gates)
+    if dB_parts is not None:
+        dB = dB_parts.sum(0).split(widths)
+    return dh, dB, dgates
+
+
+def fuses_dy(rank: int) -> bool:
+    """Whether dy is read once for both of its products."""
+    return padded_rank(rank) <= LARGEST_FUSED_DY_RANK
 
 
 def _apply_gates(
     dhg_parts: torch.Tensor,
+    parts: Sequence[int],
     h: torch.Tensor,
-    gates: torch.Tensor,
+    gates: Sequence[torch.Tensor],
     modality_ids: torch.Tensor | None,
     scaling: float,
     rows_per_sequence: int,
     dh: torch.Tensor | None,
     needs_gates: bool,
-) -> torch.Tensor | None:
-    M, R = h.shape
-    modalities, E = gates.shape
+) -> Sequence[torch.Tensor | None]:
+    layers, (_, M, R) = len(gates), dhg_parts.shape
+    modalities, E = gates[0].shape
     block_e, block_inner = next_power_of_2(E), next_power_of_2(R // E)
     block_m = max(1, 1024 // (block_e * block_inner))
     programs = cdiv(M, block_m)
-    per_row = gates_are_per_row(gates, modality_ids)
+    per_row = gates_are_per_row(gates[0], modality_ids)
     dgates = None
     if needs_gates:
-        shape = (M, E) if per_row else (programs, modalities, E)
+        shape = (layers, M, E) if per_row else (programs, layers, modalities, E)
         dgates = torch.empty(shape, dtype=torch.float32, device=h.device)
-    gate_kernel[(programs,)](
+    gate_kernel[(programs, layers)](
         dhg_parts,
         h,
-        gates,
+        *filled(gates, None),
         modality_ids,
         dh,
         dgates,
         M,
         R,
         E,
-        dhg_parts.shape[0] if dhg_parts.dim() == 3 else 1,
+        *filled(parts, 0),
         M * R,
         h.stride(0),
-        gates.stride(0),
+        gates[0].stride(0),
         row_stride(dh),
         rows_per_sequence,
         R // E,
         modalities,
         scaling,
+        LAYERS=layers,
         GATE_PER_ROW=per_row,
         NEEDS_DH=dh is not None,
         NEEDS_GATES=needs_gates,
@@ -373,7 +464,9 @@ def _apply_gates(
         num_stages=1,
         enable_fp_fusion=True,
     )
-    return dgates if dgates is None or per_row else dgates.sum(0)
+    if dgates is None:
+        return [None] * layers
+    return (dgates if per_row else dgates.sum(0)).unbind(0)
 
 
 def dx_pass(
@@ -415,7 +508,7 @@ def dx_pass(
     if dx is not None and padded_rank(R) > LARGEST_FUSED_DX_RANK:
         expand_config = config_for("expand_add", dx.dtype, R)
         launch_expand_add(
-            dx, dh, lora_A, None, None, 1.0, dropout_p=dropout_p, seed=seed, adds=adds, config=expand_config
+            [dx], dh, [lora_A], [], None, 1.0, dropout_p=dropout_p, seed=seed, adds=adds, config=expand_config
         )
         dx = None
         if not needs_dA:

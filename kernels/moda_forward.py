@@ -6,18 +6,22 @@ accumulated in float32; A, B and h * G are rounded to the dtype of the activatio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import LaunchConfig, cdiv, config_for, padded_rank, programs_wanted, rank_block
 from sda_fast.kernels.gating import gates_are_per_row, load_gated
+from sda_fast.kernels.group import filled, layer_of_block, number_of, pointer_of
+from sda_fast.kernels.launching import kernel
 from sda_fast.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
 LARGEST_RANK_BLOCK = 256
 
 
-@triton.jit
+@kernel
 def project_kernel(
     x_ptr,
     weight_ptr,
@@ -70,19 +74,31 @@ def project_kernel(
     tl.store(h_ptrs, accumulator, mask=row_mask[:, None] & rank_mask[None, :])
 
 
-@triton.jit
+@kernel
 def expand_add_kernel(
     y_ptr,
+    y_1_ptr,
+    y_2_ptr,
     bias_ptr,
+    bias_1_ptr,
+    bias_2_ptr,
     h_ptr,
     weight_ptr,
+    weight_1_ptr,
+    weight_2_ptr,
     gates_ptr,
+    gates_1_ptr,
+    gates_2_ptr,
     modality_ids_ptr,
     seed_ptr,
     M,
     N,
+    N_1,
+    N_2,
     R,
     stride_y_row,
+    stride_y_1_row,
+    stride_y_2_row,
     stride_h_row,
     stride_weight_column,
     stride_weight_rank,
@@ -92,6 +108,7 @@ def expand_add_kernel(
     scaling,
     threshold,
     keep_scale,
+    LAYERS: tl.constexpr,
     ADDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_GATED: tl.constexpr,
@@ -103,9 +120,20 @@ def expand_add_kernel(
     PADDED_R: tl.constexpr,
 ):
     # Programs that share rows follow each other, so that h and the gates stay in the cache.
-    blocks_of_columns = tl.cdiv(N, BLOCK_N)
+    first_1 = tl.cdiv(N, BLOCK_N)
+    first_2 = first_1 + tl.cdiv(N_1, BLOCK_N)
+    blocks_of_columns = first_2 + tl.cdiv(N_2, BLOCK_N)
     rows = tl.program_id(0) // blocks_of_columns * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_column = tl.program_id(0) % blocks_of_columns * BLOCK_N
+    block = tl.program_id(0) % blocks_of_columns
+    layer = layer_of_block(block, first_1, first_2, LAYERS)
+    y_ptr = pointer_of(layer, y_ptr, y_1_ptr, y_2_ptr, LAYERS)
+    bias_ptr = pointer_of(layer, bias_ptr, bias_1_ptr, bias_2_ptr, LAYERS if HAS_BIAS else 1)
+    weight_ptr = pointer_of(layer, weight_ptr, weight_1_ptr, weight_2_ptr, LAYERS)
+    gates_ptr = pointer_of(layer, gates_ptr, gates_1_ptr, gates_2_ptr, LAYERS)
+    N = number_of(layer, N, N_1, N_2, LAYERS)
+    stride_y_row = number_of(layer, stride_y_row, stride_y_1_row, stride_y_2_row, LAYERS)
+    h_ptr += layer * R
+    first_column = (block - number_of(layer, 0, first_1, first_2, LAYERS)) * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)
     row_mask = rows < M
     column_mask = columns < N
@@ -284,10 +312,10 @@ def expand_add(
     """
     if y.numel() and h.shape[1]:
         launch_expand_add(
-            y,
+            [y],
             h,
-            lora_B.t(),
-            gates,
+            [lora_B.t()],
+            [gates],
             modality_ids,
             scaling,
             rows_per_sequence=rows_per_sequence,
@@ -317,27 +345,53 @@ def expand(
     Returns:
         out.
     """
-    if out.numel():
+    options: dict[str, Any] = {"rows_per_sequence": rows_per_sequence, "config": config}
+    return expand_group(h, [lora_B], [gates], modality_ids, scaling, biases=[bias], outs=[out], **options)[0]
+
+
+def expand_group(
+    h: torch.Tensor,
+    lora_B: Sequence[torch.Tensor],
+    gates: Sequence[torch.Tensor],
+    modality_ids: torch.Tensor | None,
+    scaling: float,
+    *,
+    rows_per_sequence: int = 1,
+    biases: Sequence[torch.Tensor | None],
+    outs: Sequence[torch.Tensor],
+    config: LaunchConfig | None = None,
+) -> Sequence[torch.Tensor]:
+    """`expand` for up to LAYERS_PER_LAUNCH layers that share x, in one launch.
+
+    Args:
+        h: [M, layers * R] float32, unit column stride, the layers' side by side.
+        lora_B, gates: one per layer, of one R, number of lines and E, dtype, and strides.
+        biases: of all layers or of none.
+        outs: one [M, N] per layer, N may differ; overwritten.
+    Returns:
+        outs.
+    """
+    if any(out.numel() for out in outs):
         launch_expand_add(
-            out,
+            outs,
             h,
-            lora_B.t(),
+            [one.t() for one in lora_B],
             gates,
             modality_ids,
             scaling,
             rows_per_sequence=rows_per_sequence,
             adds=False,
-            bias=bias,
-            config=config or config_for("expand_add", out.dtype, h.shape[1]),
+            biases=biases,
+            config=config or config_for("expand_add", outs[0].dtype, lora_B[0].shape[1]),
         )
-    return out
+    return outs
 
 
 def launch_expand_add(
-    y: torch.Tensor,
+    ys: Sequence[torch.Tensor],
     h: torch.Tensor,
-    weight: torch.Tensor,
-    gates: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    gates: Sequence[torch.Tensor],
     modality_ids: torch.Tensor | None,
     scaling: float,
     *,
@@ -345,45 +399,49 @@ def launch_expand_add(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     adds: bool = True,
-    bias: torch.Tensor | None = None,
+    biases: Sequence[torch.Tensor | None] = (None,),
     config: LaunchConfig,
 ) -> None:
-    """y += mask / (1 - p) * (h * G) weight + bias, for weight [R, N] of any strides.
+    """y += mask / (1 - p) * (h * G) weight + bias for each layer, for weights [R, N] of any equal strides.
 
     Args:
-        gates: None for no gate.
-        adds: False to overwrite y instead.
+        gates: empty for no gate.
+        adds: False to overwrite every y instead.
     """
-    (M, N), R = y.shape, h.shape[1]
-    expand_add_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
-        y,
-        bias,
+    layers, M, (R, _) = len(ys), ys[0].shape[0], weights[0].shape
+    widths = [y.shape[1] for y in ys]
+    gate = gates[0] if gates else None
+    blocks_of_columns = sum(cdiv(N, config.block_n) for N in widths)
+    expand_add_kernel[(cdiv(M, config.block_m) * blocks_of_columns,)](
+        *filled(ys, None),
+        *filled(biases, None),
         h,
-        weight,
-        gates,
+        *filled(weights, None),
+        *filled(gates, None),
         modality_ids,
         seed,
         M,
-        N,
+        *filled(widths, 0),
         R,
-        y.stride(0),
+        *filled([y.stride(0) for y in ys], 0),
         h.stride(0),
-        weight.stride(1),
-        weight.stride(0),
-        row_stride(gates),
+        weights[0].stride(1),
+        weights[0].stride(0),
+        row_stride(gate),
         rows_per_sequence,
-        1 if gates is None else R // gates.shape[1],
+        1 if gate is None else R // gate.shape[1],
         scaling,
         dropout_threshold(dropout_p),
         dropout_scale(dropout_p),
+        LAYERS=layers,
         ADDS=adds,
-        HAS_BIAS=bias is not None,
-        IS_GATED=gates is not None,
-        GATE_PER_ROW=gates_are_per_row(gates, modality_ids),
+        HAS_BIAS=biases[0] is not None,
+        IS_GATED=gate is not None,
+        GATE_PER_ROW=gates_are_per_row(gate, modality_ids),
         HAS_DROPOUT=dropout_threshold(dropout_p) > 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_R=rank_block(y.dtype, R),
+        BLOCK_R=rank_block(ys[0].dtype, R),
         PADDED_R=padded_rank(R),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

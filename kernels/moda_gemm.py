@@ -7,11 +7,11 @@ distance between this GEMM and the library's. Which one runs is decided by a mea
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import LaunchConfig, cdiv, padded_rank, rank_block
 from sda_fast.kernels.gating import gates_are_per_row, load_gated
+from sda_fast.kernels.launching import kernel
 
 BLOCK_K = 64
 # Bytes per element of the activations -> configuration
@@ -23,7 +23,7 @@ def ranks_at_once(dtype: torch.dtype, rank: int) -> int:
     return min(rank_block(dtype, rank), 32)
 
 
-@triton.jit
+@kernel
 def gated_linear_kernel(
     x_ptr,
     weight_ptr,

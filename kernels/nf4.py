@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import cdiv, padded_rank, rank_block
+from sda_fast.kernels.launching import kernel
 from sda_fast.kernels.moda_forward import row_stride
 
 # How a tile of the weight lies on blocks and bytes.
@@ -96,7 +97,7 @@ def decode_tile(
         return tl.reshape(value, (BLOCK_N, BLOCK_K))
 
 
-@triton.jit
+@kernel
 def decode_kernel(
     data_ptr,
     absmax_ptr,

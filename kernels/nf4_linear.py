@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import cdiv, next_power_of_2, padded_rank, programs_wanted, rank_block
 from sda_fast.kernels.gating import gates_are_per_row, load_gated
+from sda_fast.kernels.launching import kernel
 from sda_fast.kernels.moda_forward import row_stride
 from sda_fast.kernels.nf4 import decode_tile, placement_of, unpack_statistics
 
@@ -23,7 +23,7 @@ LARGEST_SMALL_M = 64
 FINISH_COLUMNS = 32
 
 
-@triton.jit
+@kernel
 def small_product_kernel(
     x_ptr,
     data_ptr,
@@ -82,7 +82,7 @@ def small_product_kernel(
     tl.store(parts_ptrs, accumulator, mask=(rows < M)[None, :] & (outputs < N)[:, None])
 
 
-@triton.jit
+@kernel
 def finish_product_kernel(
     parts_ptr,
     bias_ptr,

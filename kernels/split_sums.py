@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import cdiv
+from sda_fast.kernels.launching import kernel
 
 BLOCK, NUM_WARPS = 2048, 8
 
@@ -32,7 +33,7 @@ def store_sums(high_ptrs, low_ptrs, sums, mask):
     tl.store(low_ptrs, ((rounded >> 8) & 0xFF).to(tl.uint8), mask=mask)
 
 
-@triton.jit
+@kernel
 def add_kernel(
     high_ptr,
     low_ptr,
@@ -54,7 +55,7 @@ def add_kernel(
     store_sums(high_ptr + offsets, low_ptr + offsets, sums, mask)
 
 
-@triton.jit
+@kernel
 def finish_kernel(high_ptr, low_ptr, scale_ptr, out_ptr, count, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < count
@@ -62,7 +63,7 @@ def finish_kernel(high_ptr, low_ptr, scale_ptr, out_ptr, count, BLOCK: tl.conste
     tl.store(out_ptr + offsets, sums.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def write_kernel(out_ptr, first_ptr, second_ptr, scale_ptr, count, first_factor, second_factor, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < count

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sda_fast.moda.adapted import AdaptedLayer, apply_group
 from sda_fast.moda.context import ActiveModality
+from sda_fast.ops.held import version_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,6 @@ class SharedInput:
 
     def clear(self) -> None:
         self.outputs, self.x, self.active = [], None, None
-
-
-def version_of(x: Tensor) -> int:
-    """How often x was modified in place; inference tensors do not count."""
-    return 0 if x.is_inference() else x._version
 
 
 class SharedInputGroup:

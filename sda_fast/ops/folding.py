@@ -36,7 +36,7 @@ def folded_weight(
     layout = member.layout
     shape = (layout.out_features, layout.in_features)
     if out is None:
-        out = workspaces.take(math.prod(shape), dtype, member.weight.device).view(shape)
+        out = workspaces.take(shape, dtype, member.weight.device)
     if layout.quant_type and use_library and dtype in SIXTEEN_BITS:
         factors = float32_unless_bfloat16(member.lora_A), float32_unless_bfloat16(member.lora_B)
         described = (layout, member.weight, member.statistics)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sda_fast.ops import cuda_library
-from sda_fast.ops.moda_group import runs_here_and_now, without_autocast
+from sda_fast.ops.moda_group import TRITON_DTYPES, TRITON_INSTALLED, runs_here_and_now, without_autocast
 from sda_fast.ops.moda_torch import wide
+from sda_fast.ops.runs import equal_runs
 
 EVERY_MODALITY = -1
 
@@ -52,7 +53,7 @@ def moda_gates(gate_embedding: Tensor, gate_proj: Tensor, modality: int | None =
         raise ValueError(f"modality id {modality} is not below the number of modalities, {gate_embedding.shape[0]}")
     wanted = EVERY_MODALITY if modality is None else modality
     if runs_here_and_now():
-        return gates_of(gate_embedding, gate_proj, wanted)
+        return moda_gates_kernel([gate_embedding], [gate_proj], wanted)[0]
     return torch.ops.sda_fast.moda_gates([gate_embedding], [gate_proj], wanted)[0]
 
 
@@ -70,9 +71,41 @@ def wanted_rows(gate_embedding: Tensor, modality: int) -> Tensor:
     return gate_embedding if modality == EVERY_MODALITY else gate_embedding[modality : modality + 1]
 
 
-def moda_gates_kernel(gate_embeddings: list[Tensor], gate_projs: list[Tensor], modality: int) -> list[Tensor]:
-    """`moda_gates` on CPU and CUDA, layer by layer."""
-    return [gates_of(*both, modality) for both in zip(gate_embeddings, gate_projs, strict=True)]
+def moda_gates_kernel(gate_embeddings: Sequence[Tensor], gate_projs: Sequence[Tensor], modality: int) -> list[Tensor]:
+    """`moda_gates` on CPU and CUDA: by Triton several layers at once, else layer by layer."""
+    made: list[Tensor] = []
+    for run in runs_of_equal_layers(gate_embeddings, gate_projs):
+        embeddings, projs = gate_embeddings[run], gate_projs[run]
+        if takes_triton(embeddings, projs):
+            from sda_fast.kernels.gates import gates_of_layers
+
+            made += gates_of_layers(embeddings, projs, *first_and_lines(embeddings[0], modality))
+        else:
+            made += [gates_of(*both, modality) for both in zip(embeddings, projs, strict=True)]
+    return made
+
+
+def runs_of_equal_layers(gate_embeddings: Sequence[Tensor], gate_projs: Sequence[Tensor]) -> list[slice]:
+    """Layers of the same sizes and dtypes."""
+    pairs = zip(gate_embeddings, gate_projs, strict=True)
+    return equal_runs([(one.shape, one.dtype, proj.shape, proj.dtype) for one, proj in pairs])
+
+
+def takes_triton(gate_embeddings: Sequence[Tensor], gate_projs: Sequence[Tensor]) -> bool:
+    """Whether Triton's kernels make these layers' gates: the CUDA library's launch costs less for one layer alone."""
+    embedding, proj = gate_embeddings[0], gate_projs[0]
+    return (
+        proj.is_cuda
+        and TRITON_INSTALLED
+        and embedding.dtype in TRITON_DTYPES
+        and proj.dtype in TRITON_DTYPES
+        and not (len(gate_projs) == 1 and cuda_library.takes_gates(embedding, proj))
+    )
+
+
+def first_and_lines(gate_embedding: Tensor, modality: int) -> tuple[int, int]:
+    """The first wanted modality, and how many are wanted."""
+    return (0, gate_embedding.shape[0]) if modality == EVERY_MODALITY else (modality, 1)
 
 
 def gates_of(gate_embedding: Tensor, gate_proj: Tensor, modality: int) -> Tensor:
@@ -95,8 +128,19 @@ def moda_gates_backward_kernel(
     needs: list[bool],
 ) -> list[Tensor]:
     """The wanted ones of the gradients of each layer's gate_embedding and gate_proj, one after the other."""
-    layers = zip(dgates, gates, gate_embeddings, gate_projs, strict=True)
-    return [wanted for layer in layers for wanted in gradients_of(*layer, modality, needs)]
+    wanted: list[Tensor] = []
+    for run in runs_of_equal_layers(gate_embeddings, gate_projs):
+        layers = dgates[run], gates[run], gate_embeddings[run], gate_projs[run]
+        if takes_triton(*layers[2:]):
+            from sda_fast.kernels.gates import gates_backward_of_layers
+
+            first, _ = first_and_lines(gate_embeddings[0], modality)
+            needed = {"needs_embedding": needs[0], "needs_proj": needs[1]}
+            kinds = [kind for kind in gates_backward_of_layers(*layers, first, **needed) if kind is not None]
+            wanted += [gradient for layer in zip(*kinds, strict=True) for gradient in layer]
+        else:
+            wanted += [one for layer in zip(*layers, strict=True) for one in gradients_of(*layer, modality, needs)]
+    return wanted
 
 
 def gradients_of(
@@ -174,6 +218,8 @@ class MoDAGates(torch.autograd.Function):
 def below_autograd(parameters: Sequence[Tensor], modality: int) -> list[Tensor]:
     """`moda_gates` for the keys after autograd; `parameters` as in `MoDAGates`."""
     count = len(parameters) // 2
+    if runs_here_and_now():
+        return moda_gates_kernel(parameters[:count], parameters[count:], modality)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.sda_fast.moda_gates(parameters[:count], parameters[count:], modality)
 
@@ -188,11 +234,8 @@ def parameter_gradients(
     """The gradient of every parameter, in `MoDAGates`' order; None where no layer's parameter of the kind wants one."""
     count = len(dgates)
     needs = [any(wanted[:count]), any(wanted[count:])]
-    flat = iter(
-        torch.ops.sda_fast.moda_gates_backward(
-            list(dgates), list(gates), list(parameters[:count]), list(parameters[count:]), modality, needs
-        )
-    )
+    compute = moda_gates_backward_kernel if runs_here_and_now() else torch.ops.sda_fast.moda_gates_backward
+    flat = iter(compute(list(dgates), list(gates), list(parameters[:count]), list(parameters[count:]), modality, needs))
     pairs = [tuple(next(flat) if needed else None for needed in needs) for _ in range(count)]
     return [embedding for embedding, _ in pairs] + [proj for _, proj in pairs]
 

@@ -18,7 +18,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sda_fast.ops import gates
-from sda_fast.ops.moda_group import keeps_bits, library, split_layouts
+from sda_fast.ops.held import HeldTensors
+from sda_fast.ops.moda_group import (
+    keeps_bits,
+    library,
+    moda_group_backward_kernel,
+    moda_group_hidden_kernel,
+    moda_group_kernel,
+    moda_group_outputs_kernel,
+    runs_here_and_now,
+    split_layouts,
+)
 
 
 @dataclass(frozen=True)
@@ -49,15 +59,12 @@ class Tensors:
     gating: Sequence[Tensor]
 
     @staticmethod
-    def of(flat: Sequence[Any], constants: Constants) -> Tensors:
-        """The inverse of `flat`, also for what belongs to the tensors one by one."""
-        count = len(constants.scalings)
-        first_gating = len(flat) - count * (1 if constants.modality is None else 2)
-        first_A, first_B = first_gating - 2 * count, first_gating - count
-        return Tensors(flat[:first_A], flat[first_A:first_B], flat[first_B:first_gating], flat[first_gating:])
+    def of(frozen: Sequence[Tensor], trained: Sequence[Any], count: int) -> Tensors:
+        """The inverse of `trained` for so many layers, also for what belongs to its tensors one by one."""
+        return Tensors(frozen, trained[:count], trained[count : 2 * count], trained[2 * count :])
 
-    def flat(self) -> tuple[Tensor, ...]:
-        return *self.frozen, *self.lora_A, *self.lora_B, *self.gating
+    def trained(self) -> tuple[Tensor, ...]:
+        return *self.lora_A, *self.lora_B, *self.gating
 
     def adapters(self, gates: Sequence[Tensor] | None = None) -> list[Tensor]:
         """lora_A, lora_B and gates (`gating` if none are given) of every layer, as the operations take them."""
@@ -70,33 +77,42 @@ class MoDAGroup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, constants: Constants, x: Tensor, modality_ids: Tensor | None, seed: Tensor | None, *flat: Tensor
+        ctx: Any,
+        constants: Constants,
+        frozen: Sequence[Tensor],
+        x: Tensor,
+        modality_ids: Tensor | None,
+        seed: Tensor | None,
+        *trained: Tensor,
     ) -> tuple[Tensor, ...]:
-        tensors = Tensors.of(flat, constants)
+        count = len(constants.scalings)
+        tensors = Tensors.of(frozen, trained, count)
         made = () if constants.modality is None else gates.below_autograd(tensors.gating, constants.modality)
         adapters = tensors.adapters(made)
         if constants.outputs_later:
             y, h, bits = without_outputs(x, adapters, seed, constants)
         else:
-            y, h, bits = below_autograd(x, tensors.frozen, adapters, modality_ids, seed, constants)
+            y, h, bits = below_autograd(x, frozen, adapters, modality_ids, seed, constants)
         ctx.mark_non_differentiable(h, bits, *made)
         ctx.set_materialize_grads(False)
-        wanted = Tensors.of(ctx.needs_input_grad[4:], constants)
+        wanted = Tensors.of((), ctx.needs_input_grad[5:], count)
         needs_x, needs_A, needs_B, needs_gates = ctx.needs = [
-            ctx.needs_input_grad[1],
+            ctx.needs_input_grad[2],
             *map(any, (wanted.lora_A, wanted.lora_B, wanted.gating)),
         ]
-        ctx.constants, ctx.rows = constants, x.shape[0]
+        ctx.constants, ctx.rows, ctx.made = constants, x.shape[0], len(made)
         needs_mask = constants.dropout > 0 and (needs_x or needs_A)
         kept_bits = bits if needs_mask and keeps_bits(x, constants.dropout, constants.backend) else None
+        ctx.frozen = HeldTensors(frozen)
+        ctx.trained = HeldTensors(trained) if all(tensor.is_leaf for tensor in trained) else None
         ctx.save_for_backward(
             x if needs_A else None,
             h if needs_B or needs_gates else None,
             kept_bits,
             modality_ids,
             seed if needs_mask and kept_bits is None else None,
-            *flat,
             *made,
+            *(trained if ctx.trained is None else ()),
         )
         return *y, h, bits, *made
 
@@ -105,24 +121,22 @@ class MoDAGroup(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         constants = ctx.constants
         count = len(constants.scalings)
-        x, h, bits, modality_ids, seed, *flat = ctx.saved_tensors
-        number = len(flat)
         dy = gradients[:count]
         given = next((gradient for gradient in dy if gradient is not None), None)
         if given is None:
             return (None,) * len(ctx.needs_input_grad)
-        made: Sequence[Tensor] = []
-        if constants.modality is not None:
-            number -= count
-            made = flat[number:]
-        tensors = Tensors.of(flat[:number], constants)
+        x, h, bits, modality_ids, seed, *saved = ctx.saved_tensors
+        made = saved[: ctx.made]
+        trained = saved[ctx.made :] if ctx.trained is None else ctx.trained.get()
+        tensors = Tensors.of(ctx.frozen.get(), trained, count)
         complete = [
             given.new_zeros(ctx.rows, layout.out_features) if gradient is None else gradient
             for gradient, (layout, _) in zip(dy, split_layouts(constants.layouts), strict=True)
         ]
+        compute = moda_group_backward_kernel if runs_here_and_now() else torch.ops.sda_fast.moda_group_backward
         needs_x, needs_A, needs_B, needs_gates = ctx.needs
         left = iter(
-            torch.ops.sda_fast.moda_group_backward(
+            compute(
                 complete, x, h, bits, tensors.frozen, tensors.adapters(made), constants.layouts,
                 constants.scalings, modality_ids, constants.dropout, seed, ctx.needs, constants.backend,
             )
@@ -142,7 +156,7 @@ class MoDAGroup(torch.autograd.Function):
             if constants.modality is not None:
                 wanted = ctx.needs_input_grad[-len(tensors.gating) :]
                 of_gating = gates.parameter_gradients(dgates, made, tensors.gating, constants.modality, wanted)
-        return None, dx, None, None, *[None] * len(tensors.frozen), *dA, *dB, *of_gating
+        return None, None, dx, None, None, *dA, *dB, *of_gating
 
 
 class Outputs(torch.autograd.Function):
@@ -161,12 +175,11 @@ class Outputs(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         c = constants
+        arguments = x, h, frozen, adapters, c.layouts, c.scalings, modality_ids, c.backend
+        if runs_here_and_now():
+            return tuple(moda_group_outputs_kernel(*arguments))
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(
-                torch.ops.sda_fast.moda_group_outputs(
-                    x, h, frozen, adapters, c.layouts, c.scalings, modality_ids, c.backend
-                )
-            )
+            return tuple(torch.ops.sda_fast.moda_group_outputs(*arguments))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -177,8 +190,12 @@ def without_outputs(
     x: Tensor, adapters: Sequence[Tensor], seed: Tensor | None, constants: Constants
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """`moda_group` with y of the right shapes that take no memory and hold no values."""
-    with torch._C._AutoDispatchBelowAutograd():
-        h, bits = torch.ops.sda_fast.moda_group_hidden(x, adapters, constants.dropout, seed, constants.backend)
+    arguments = x, adapters, constants.dropout, seed, constants.backend
+    if runs_here_and_now():
+        h, bits = moda_group_hidden_kernel(*arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            h, bits = torch.ops.sda_fast.moda_group_hidden(*arguments)
     M = x.shape[0]
     return [x.new_empty(1, 1).expand(M, layout.out_features) for layout, _ in split_layouts(constants.layouts)], h, bits
 
@@ -193,10 +210,11 @@ def below_autograd(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """`moda_group` for the keys after autograd."""
     c = constants
+    arguments = x, frozen, adapters, c.layouts, c.scalings, modality_ids, c.dropout, seed, c.backend
+    if runs_here_and_now():
+        return moda_group_kernel(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.sda_fast.moda_group(
-            x, frozen, adapters, c.layouts, c.scalings, modality_ids, c.dropout, seed, c.backend
-        )
+        return torch.ops.sda_fast.moda_group(*arguments)
 
 
 def moda_group(
@@ -218,14 +236,14 @@ def moda_group(
     Args:
         tensors, modality: `modality` says what `tensors.gating` is, as in `Constants`.
     """
-    flat = tensors.flat()
-    wants_gradients = torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in flat))
+    trained = tensors.trained()
+    wants_gradients = torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in trained))
     constants = Constants(layouts, scalings, dropout, backend, modality, wants_gradients and within_backward())
     if not wants_gradients:
         made = () if modality is None else gates.below_autograd(tensors.gating, modality)
         adapters = tensors.adapters(made)
         return below_autograd(x, tensors.frozen, adapters, modality_ids, seed, constants)
-    outputs = MoDAGroup.apply(constants, x, modality_ids, seed, *flat)
+    outputs = MoDAGroup.apply(constants, tensors.frozen, x, modality_ids, seed, *trained)
     y, (h, bits, *made) = list(outputs[: len(scalings)]), outputs[len(scalings) :]
     if constants.outputs_later:
         adapters = tensors.adapters(made)

@@ -171,7 +171,7 @@ def moda_group_outputs_kernel(
         if backend == "triton":
             from sda_fast.ops import moda_triton
 
-            return [moda_triton.output_of(member, x, h[:, member.ranks], modality_ids) for member in members]
+            return moda_triton.outputs_of(members, x, h, modality_ids)
         return [moda_torch.output_of(member, x, h[:, member.ranks], modality_ids) for member in members]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sda_fast.kernels.moda_backward import fuses_dy
 from sda_fast.kernels.moda_forward import with_unit_columns
 from sda_fast.kernels.moda_gemm import gated_linear
 from sda_fast.kernels.nf4 import decode_4bit
@@ -19,6 +20,7 @@ from sda_fast.ops.folding import SIXTEEN_BITS, packed_bytes
 from sda_fast.ops.moda_torch import Gradients, Member
 from sda_fast.ops.passes import passes_for
 from sda_fast.ops.quantized import workspaces
+from sda_fast.ops.runs import equal_runs
 
 
 def stacked_A(lora_A: Sequence[Tensor]) -> Tensor:
@@ -37,21 +39,77 @@ def hidden(x: Tensor, lora_A: Sequence[Tensor], dropout: float, seed: Tensor | N
     return passes_for(stacked.shape[0], x).project(x, stacked, dropout_p=dropout, seed=seed)
 
 
+def outputs_of(members: Sequence[Member], x: Tensor, h: Tensor, modality_ids: Tensor | None) -> list[Tensor]:
+    """`output_of` every layer of a group; layers that are alike get their updates in one launch."""
+    outputs: list[Tensor] = []
+    for run in alike(members):
+        some = members[run]
+        expand_group = passes_for(h.shape[1], x).expand_group if len(some) > 1 else None
+        if expand_group is None or {update_way(member, x) for member in some} != {"before"}:
+            outputs += [output_of(member, x, part_of(h, member), modality_ids) for member in some]
+            continue
+        ys = [x.new_empty(x.shape[0], member.layout.out_features) for member in some]
+        biases = [None if member.bias is None else member.bias.to(x.dtype) for member in some]
+        expand_group(*adapters_of(some, h, modality_ids), biases=biases, outs=ys, **rows_of_ids(modality_ids, h))
+        outputs += [add_frozen_product(y, member, x) for y, member in zip(ys, some, strict=True)]
+    return outputs
+
+
+def alike(members: Sequence[Member]) -> list[slice]:
+    """The layers cut into runs whose adapters are of one size and kind."""
+    if len(members) == 1:
+        return [slice(0, 1)]
+    kinds = [
+        (one.lora_B.shape[1], one.lora_B.dtype, one.gates.shape, one.gates.dtype, one.scaling, one.bias is None)
+        for one in members
+    ]
+    return equal_runs(kinds)
+
+
+def part_of(h: Tensor, member: Member) -> Tensor:
+    """A layer's columns of the group's h or dh."""
+    first, last = member.ranks.start, member.ranks.stop
+    return h if last - first == h.shape[1] else h.narrow(1, first, last - first)
+
+
+def adapters_of(members: Sequence[Member], h: Tensor, modality_ids: Tensor | None) -> tuple[Any, ...]:
+    """h, lora_B, gates, ids and scaling of layers that are alike, as the kernels take them."""
+    first, last = members[0].ranks.start, members[-1].ranks.stop
+    columns = h if last - first == h.shape[1] else h.narrow(1, first, last - first)
+    lora_B = [member.lora_B.contiguous() for member in members]
+    return columns, lora_B, [member.gates.contiguous() for member in members], modality_ids, members[0].scaling
+
+
+def rows_of_ids(modality_ids: Tensor | None, h: Tensor) -> dict[str, int]:
+    return {"rows_per_sequence": rows_per_id(modality_ids, h.shape[0])}
+
+
+def update_way(member: Member, x: Tensor) -> regimes.UpdateOfY:
+    """How `regimes` wants y of one layer to be updated."""
+    return regimes.update_of_y(x, member.layout.out_features, member.lora_B.shape[1])
+
+
+def add_frozen_product(y: Tensor, member: Member, x: Tensor) -> Tensor:
+    """y + x W^T, in place."""
+    with workspaces.guard(x.device):
+        return y.addmm_(x, decoded(member, x.dtype).t())
+
+
 def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None) -> Tensor:
     """y = x W^T + bias + (h * G) B^T of one layer, in the way that `regimes` chooses for its shape."""
     bias = None if member.bias is None else member.bias.to(x.dtype)
-    way = regimes.update_of_y(x, member.layout.out_features, h.shape[1])
+    way = update_way(member, x)
+    if way == "before":
+        y = x.new_empty(x.shape[0], member.layout.out_features)
+        passes_for(h.shape[1], y).expand(**update_of(member, h, modality_ids), bias=bias, out=y)
+        return add_frozen_product(y, member, x)
     with workspaces.guard(x.device):
         weight = decoded(member, x.dtype)
         if way == "in place":
             y = torch.nn.functional.linear(x, weight, bias)
             return add_update(y, member, h, modality_ids)
         update = update_of(member, h, modality_ids)
-        if way == "accumulator":
-            return gated_linear(with_unit_columns(x), with_unit_columns(weight), bias, **update)
-        y = x.new_empty(x.shape[0], member.layout.out_features)
-        passes_for(h.shape[1], y).expand(**update, bias=bias, out=y)
-        return y.addmm_(x, weight.t())
+        return gated_linear(with_unit_columns(x), with_unit_columns(weight), bias, **update)
 
 
 def decoded(member: Member, dtype: torch.dtype) -> Tensor:
@@ -60,7 +118,7 @@ def decoded(member: Member, dtype: torch.dtype) -> Tensor:
     if not layout.quant_type:
         return member.decoded(dtype)
     shape = (layout.out_features, layout.in_features)
-    out = workspaces.take(layout.out_features * layout.in_features, dtype, data.device).view(shape)
+    out = workspaces.take(shape, dtype, data.device)
     if dtype in SIXTEEN_BITS and cuda_library.is_available(data.device):
         return cuda_library.decode(layout, data, member.statistics, out)
     return decode_4bit(
@@ -81,7 +139,7 @@ def update_of(member: Member, h: Tensor, modality_ids: Tensor | None) -> dict[st
         "gates": member.gates.contiguous(),
         "modality_ids": modality_ids,
         "scaling": member.scaling,
-        "rows_per_sequence": rows_per_id(modality_ids, h.shape[0]),
+        **rows_of_ids(modality_ids, h),
     }
 
 
@@ -105,22 +163,11 @@ def backward(
     dh = torch.empty(M, members[-1].ranks.stop, dtype=torch.float32, device=dys[0].device)
     h = dh if h is None else h
     gradients = Gradients(None, None, [], [])
-    for member, dy in zip(members, dys, strict=True):
-        _, dB, dgates = passes_for(member.lora_B.shape[1], dy).dy_pass(
-            dy,
-            h[:, member.ranks],
-            member.lora_B.contiguous(),
-            member.gates.contiguous(),
-            modality_ids,
-            member.scaling,
-            rows_per_sequence=rows_per_id(modality_ids, M),
-            needs_dh=needs_dh,
-            needs_dB=needs_B,
-            needs_gates=needs_gates,
-            dh_out=dh[:, member.ranks] if needs_dh else None,
-        )
-        gradients.dB.append(dB)
-        gradients.dgates.append(dgates)
+    needs = {"needs_dh": needs_dh, "needs_dB": needs_B, "needs_gates": needs_gates}
+    for run in alike(members):
+        dB, dgates = dy_passes(members[run], dys[run], h, dh, modality_ids, needs)
+        gradients.dB += dB
+        gradients.dgates += dgates
     if not needs_dh:
         return gradients
     lora_A = stacked_A([member.lora_A for member in members])
@@ -135,6 +182,33 @@ def backward(
         gradients.dx = add_frozen_products(None, dys, members)
         gradients.dA = dx_pass(x, dh, lora_A, gradients.dx, **dropping)
     return gradients
+
+
+def dy_passes(
+    members: Sequence[Member],
+    dys: Sequence[Tensor],
+    h: Tensor,
+    dh: Tensor,
+    modality_ids: Tensor | None,
+    needs: dict[str, bool],
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """dB and dgates of layers that are alike, their columns of dh filled where it is needed: one pass over each dy."""
+    R = members[0].lora_B.shape[1]
+    passes, options = passes_for(R, *dys), {**rows_of_ids(modality_ids, h), **needs}
+    if len(members) > 1 and passes.dy_pass_of_group is not None and fuses_dy(R):
+        first, last = members[0].ranks.start, members[-1].ranks.stop
+        dh_out = dh.narrow(1, first, last - first) if needs["needs_dh"] else None
+        adapters = adapters_of(members, h, modality_ids)
+        return passes.dy_pass_of_group(dys, *adapters, dh_out=dh_out, **options)[1:]
+    dB, dgates = [], []
+    for member, dy in zip(members, dys, strict=True):
+        dh_out = part_of(dh, member) if needs["needs_dh"] else None
+        _, dB_of_one, dgates_of_one = passes.dy_pass(
+            dy, **update_of(member, part_of(h, member), modality_ids), dh_out=dh_out, **needs
+        )
+        dB.append(dB_of_one)
+        dgates.append(dgates_of_one)
+    return dB, dgates
 
 
 def dx_pass(

@@ -7,7 +7,7 @@ the default because they have never been timed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +22,23 @@ CHOICES = ("triton", "cuda")
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of one implementation; `moda_forward` and `moda_backward` say what each takes and gives."""
+    """The passes of one implementation; `moda_forward` and `moda_backward` say what each takes and gives.
+
+    Those of a group are None where every layer has launches of its own.
+    """
 
     project: Callable[..., Tensor]
     expand: Callable[..., Tensor]
     expand_add: Callable[..., Tensor]
     dy_pass: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
     dx_pass: Callable[..., Tensor | None]
+    expand_group: Callable[..., Sequence[Tensor]] | None
+    dy_pass_of_group: Callable[..., tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]] | None
 
 
 def passes_of(forward: Any, backward: Any) -> Passes:
-    return Passes(forward.project, forward.expand, forward.expand_add, backward.dy_pass, backward.dx_pass)
+    groups = getattr(forward, "expand_group", None), getattr(backward, "dy_pass_of_group", None)
+    return Passes(forward.project, forward.expand, forward.expand_add, backward.dy_pass, backward.dx_pass, *groups)
 
 
 TRITON = passes_of(moda_forward, moda_backward)
@@ -46,7 +52,9 @@ def passes_for(rank: int, *activations: Tensor) -> Passes:
         ValueError: SDA_FAST_PASSES is neither "triton" nor "cuda".
         RuntimeError: it asks for the CUDA library on a CUDA device where the library is not available.
     """
-    choice = os.environ.get(VARIABLE) or CHOICES[0]
+    if VARIABLE not in os.environ:
+        return TRITON
+    choice = os.environ[VARIABLE] or CHOICES[0]
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE} must be one of {CHOICES}, got {choice!r}")
     if choice == "triton":

@@ -9,6 +9,7 @@ absmax[b] = nested_code[code8[b]] * nested_absmax[b // nested_blocksize] + offse
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ BYTES_PER_CHUNK = 1 << 16
 # The C library gives larger blocks back to the system, and getting one again costs more than decoding it.
 LARGEST_REUSED_ALLOCATION = 1 << 25
 ELEMENTS_PER_CHUNK = 1 << 20
+LARGEST_NUMBER_OF_VIEWS = 256
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,33 @@ def restore_row_major(weight: Tensor, state: Any) -> None:
     )
 
 
+class Workspace:
+    """Memory that is seen as matrices of some shapes and dtypes again and again: those views are kept."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self.views: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
+
+    def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Its first bytes as a tensor, None if it has too few."""
+        found = self.views.get((shape, dtype))
+        if found is None:
+            size = math.prod(shape) * dtype.itemsize
+            if size > self.buffer.numel():
+                return None
+            if len(self.views) >= LARGEST_NUMBER_OF_VIEWS:
+                self.views.clear()
+            found = self.views[shape, dtype] = self.buffer[:size].view(dtype).view(shape)
+        return found
+
+
+def raw_stream(device: torch.device) -> int:
+    """The address of a CUDA device's current stream; torch's own object for it costs the host microseconds."""
+    if device.index is None:
+        return torch.cuda.current_stream(device).cuda_stream
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
 class WorkspacePool:
     """One growing buffer per device and stream, for a weight decoded for the length of one product.
 
@@ -139,21 +168,26 @@ class WorkspacePool:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.buffers: dict[tuple[object, ...], Tensor] = {}
+        self.buffers: dict[object, Workspace] = {}
         self.of_thread = threading.local()
 
-    def take(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`elements` elements of uninitialised memory; valid until the next call for this device and stream."""
-        wanted = elements * dtype.itemsize
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised memory of a shape; valid until the next call for this device and stream."""
         if device.type == "cuda":
-            buffers, key = self.buffers, (device.index, torch.cuda.current_stream(device).cuda_stream)
+            buffers: dict[object, Workspace] = self.buffers
+            key: object = (device.index, raw_stream(device))
         else:
             buffers, key = self.of_thread.__dict__, str(device)  # type: ignore[assignment]
-        buffer = buffers.get(key)
-        if buffer is None or buffer.numel() < wanted:
+        workspace = buffers.get(key)
+        view = None if workspace is None else workspace.view(shape, dtype)
+        if view is None:
+            # Before the larger one is made.
+            workspace = None
             buffers.pop(key, None)
-            buffer = buffers[key] = torch.empty(wanted, dtype=torch.uint8, device=device)
-        return buffer[:wanted].view(dtype)
+            buffers[key] = workspace = Workspace(math.prod(shape) * dtype.itemsize, device)
+            view = workspace.view(shape, dtype)
+            assert view is not None
+        return view
 
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         """Hold this from decoding a weight until the product that reads it is launched."""
@@ -196,11 +230,10 @@ def decode(layout: WeightLayout, data: Tensor, statistics: list[Tensor], dtype: 
         [N, K]; the weight itself where it has that dtype already, else a view of a workspace that the next call reuses.
     """
     shape = (layout.out_features, layout.in_features)
-    elements = layout.out_features * layout.in_features
     if not layout.quant_type:
         if data.dtype == dtype:
             return data
-        return workspaces.take(elements, dtype, data.device).view(shape).copy_(data)
+        return workspaces.take(shape, dtype, data.device).copy_(data)
     absmax = decode_absmax(layout, statistics)
     return decode_scaled(layout, data.reshape(-1).view(torch.uint8), absmax, statistics[1], dtype)
 
@@ -215,16 +248,16 @@ def decode_scaled(
         operation = torch.ops.bitsandbytes.dequantize_4bit
         name = QUANT_NAMES[layout.quant_type]
         if codes.device.type == "cuda":
-            out = workspaces.take(elements, dtype, codes.device).view(shape) if out is None else out
+            out = workspaces.take(shape, dtype, codes.device) if out is None else out
             operation.out(codes, absmax, layout.blocksize, name, shape, dtype, out=out)
             return out
         # bitsandbytes 0.50.2 decodes wrongly on a CPU where blocks straddle rows.
         if layout.in_features % layout.blocksize == 0:
             if elements * dtype.itemsize <= LARGEST_REUSED_ALLOCATION:
                 return operation.default(codes, absmax, layout.blocksize, name, shape, dtype)
-            out = workspaces.take(elements, dtype, codes.device).view(shape) if out is None else out
+            out = workspaces.take(shape, dtype, codes.device) if out is None else out
             return decode_by_rows(layout, codes, absmax, out)
-    out = workspaces.take(elements, dtype, codes.device) if out is None else out.view(-1)
+    out = (workspaces.take(shape, dtype, codes.device) if out is None else out).view(-1)
     return decode_in_pytorch(layout, codes, absmax, code, out).view(shape)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sda_fast.ops import cmsa, cmsa_products, moda_group, moda_linear, moda_torch, quantized
+from sda_fast.ops import cmsa, cmsa_products, gates, moda_group, moda_linear, moda_torch, quantized
 from sda_fast.ops.quantized import WeightLayout, decode_absmax, workspaces
 from sda_fast.planning.cards import Card
 from sda_fast.planning.ledger import PRODUCT, TRITON, Ledger, aten
@@ -28,6 +28,7 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
     from triton.runtime.jit import KernelInterface
 
     from sda_fast.kernels import moda_backward, moda_forward
+    from sda_fast.kernels.launching import Kernel
     from sda_fast.ops import moda_triton
 
     def launch(kernel: Any, grid: Any) -> Callable[..., None]:
@@ -38,9 +39,9 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
 
         return count
 
-    def take(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def take(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         with ledger.allocating("workspaces"):
-            return type(workspaces).take(workspaces, elements, dtype, device)
+            return type(workspaces).take(workspaces, shape, dtype, device)
 
     def decode(layout: WeightLayout, data: Tensor, statistics: list[Tensor], dtype: torch.dtype) -> Tensor:
         if not layout.quant_type:
@@ -48,7 +49,7 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
         absmax = decode_absmax(layout, statistics)
         elements = layout.out_features * layout.in_features
         ledger.work(0, data.numel() * data.element_size() + absmax.numel() * 4 + elements * dtype.itemsize)
-        return workspaces.take(elements, dtype, data.device).view(layout.out_features, layout.in_features)
+        return workspaces.take((layout.out_features, layout.in_features), dtype, data.device)
 
     def decoded(member: moda_torch.Member, dtype: torch.dtype) -> Tensor:
         return decode(member.layout, member.weight, member.statistics, dtype)
@@ -76,6 +77,8 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
         torch.ops.sda_fast.moda_group_hidden.default: moda_group.moda_group_hidden_kernel,
         torch.ops.sda_fast.moda_group_outputs.default: moda_group.moda_group_outputs_kernel,
         torch.ops.sda_fast.moda_group_backward.default: moda_group.moda_group_backward_kernel,
+        torch.ops.sda_fast.moda_gates.default: gates.moda_gates_kernel,
+        torch.ops.sda_fast.moda_gates_backward.default: gates.moda_gates_backward_kernel,
         forward: cmsa.cmsa_forward._init_fn,
         backward: cmsa.cmsa_backward._init_fn,
     }
@@ -85,11 +88,13 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(workspaces.clear)
         workspaces.clear()
-        stack.enter_context(replaced(KernelInterface, "__getitem__", launch))
+        for kind in (KernelInterface, Kernel):
+            stack.enter_context(replaced(kind, "__getitem__", launch))
         stack.enter_context(replaced(workspaces, "take", take))
         stack.enter_context(replaced(moda_torch, "decode", decode))
         stack.enter_context(replaced(moda_triton, "decoded", decoded))
         stack.enter_context(replaced(moda_linear, "resolve_backend", triton_chosen))
+        stack.enter_context(replaced(gates, "takes_triton", lambda embeddings, projs: True))
         stack.enter_context(replaced(cmsa, "resolve_backend", way_of_loss))
         stack.enter_context(replaced(cmsa, "default_workspace", cmsa.gpu_workspace))
         stack.enter_context(replaced(cmsa, "multiprocessors_of", lambda embeddings: card.multiprocessors))

@@ -248,7 +248,7 @@ def warm_workspace(lvlm: LVLM) -> None:
     packed = [layer for _, layer in named_moda_layers(lvlm.model) if is_4bit(layer.weight)]
     if packed:
         largest = max(layer.in_features * layer.out_features for layer in packed)
-        workspaces.take(largest, lvlm.model.dtype, lvlm.device)
+        workspaces.take((largest,), lvlm.model.dtype, lvlm.device)
 
 
 def batch_of(ledger: Ledger, chunks: Mapping[str, Mapping[str, Tensor]], config: FinetuneConfig) -> Batch:

@@ -56,10 +56,10 @@ def test_large_weights_are_decoded_by_rows_into_the_workspace(nested: bool, monk
     whole = decode(*described, torch.bfloat16).clone()
     monkeypatch.setattr(quantized, "LARGEST_REUSED_ALLOCATION", 0)
     monkeypatch.setattr(quantized, "ELEMENTS_PER_CHUNK", 7 * 1024)
-    quantized.workspaces.take(40 * 1024, torch.bfloat16, torch.device("cpu")).fill_(float("nan"))
+    quantized.workspaces.take((40, 1024), torch.bfloat16, torch.device("cpu")).fill_(float("nan"))
     by_rows = decode(*described, torch.bfloat16)
     assert torch.equal(by_rows, whole)
-    assert by_rows.data_ptr() == quantized.workspaces.take(1, torch.bfloat16, torch.device("cpu")).data_ptr()
+    assert by_rows.data_ptr() == quantized.workspaces.take((1,), torch.bfloat16, torch.device("cpu")).data_ptr()
 
 
 def test_float64_is_the_float32_decoding_widened() -> None:
