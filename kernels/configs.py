@@ -69,7 +69,7 @@ CONFIGS: dict[tuple[str, int, int], LaunchConfig] = {
     ("expand_add", 4, 64): LaunchConfig(64, 32, 4, 1),
     ("expand_add", 4, 128): LaunchConfig(64, 32, 4, 1),
     ("expand_add", 4, 256): LaunchConfig(64, 32, 4, 1),
-    ("dy_pass", 2, 16): LaunchConfig(64, 512, 8, 2),
+    ("dy_pass", 2, 16): LaunchConfig(64, 256, 8, 2),
     ("dy_pass", 2, 32): LaunchConfig(32, 256, 8, 3),
     ("dy_pass", 2, 64): LaunchConfig(32, 128, 4, 3),
     ("dy_pass", 2, 128): LaunchConfig(32, 128, 8, 3),
