@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 
+from sda_fast.cli import main
+
 REPRESENTATIVE = (
     "project bf16 R=16 dropout",
     "expand_add bf16 R=16",
@@ -67,20 +69,16 @@ for variant in of_kernel.values():
 """
 
 INTERPRETED = """
-from sda_fast.kernels.gate import check_kernels
-try:
-    check_kernels()
-except RuntimeError as error:
-    assert "TRITON_INTERPRET" in str(error)
-else:
-    raise AssertionError("compiled in the interpreter")
+from sda_fast.cli import main
+assert main(["kernels", "--name", "project bf16 R=16"]) == 2
 """
 
 
-def run(code: str, **environment: str) -> None:
+def run(code: str, **environment: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+    return result.stderr
 
 
 def test_representative_kernels_pass_the_gate():
@@ -96,5 +94,17 @@ def test_kernels_compile_where_every_size_and_stride_is_one():
     run(CORNERS)
 
 
-def test_the_gate_refuses_to_run_in_the_interpreter():
-    run(INTERPRETED, TRITON_INTERPRET="1")
+def test_the_gate_refuses_to_run_in_the_interpreter_without_a_traceback():
+    told = run(INTERPRETED, TRITON_INTERPRET="1")
+    assert "start a process without it" in told and "Traceback" not in told
+
+
+def test_a_name_that_no_kernel_has_is_an_error_that_names_near_ones(capsys):
+    assert main(["kernels", "--name", "decode nestd"]) == 2
+    assert "no kernel's name contains 'decode nestd'; near it are 'decode nested'" in capsys.readouterr().err
+
+
+def test_targets_may_have_spaces_and_unknown_ones_are_named(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["kernels", "--targets", "sm_80, sm_70", "--name", "decode nested"]) == 2
+    assert "target is 'sm_70', expected one of ['sm_100', 'sm_80', 'sm_90']" in capsys.readouterr().err

@@ -317,6 +317,7 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs_dtypes
         ({"bias": torch.zeros(9, dtype=torch.float64, requires_grad=True)}, "frozen"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"dropout": 0.5, "seed": -1}, "seed must be in"),
+        ({"dropout": 0.5, "seed": torch.tensor([-1])}, "seed must be in .* got -1"),
         ({"backend": "cuda"}, "backend must be one of"),
         ({"backend": "triton"}, "float32, float16 or bfloat16"),
     ],
