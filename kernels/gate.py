@@ -23,6 +23,7 @@ tensor-core instruction. The process must not run with TRITON_INTERPRET=1. Resul
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import re
@@ -97,11 +98,11 @@ def check_kernels(
     """Compile variants (default: all) for each target and report on them; no GPU is needed.
 
     Raises:
-        RuntimeError: Triton runs as an interpreter in this process.
-        ValueError: a target is not one of those in SHARED_MEMORY_LIMIT.
+        ValueError: Triton runs as an interpreter in this process, or a target is not one of those in
+            SHARED_MEMORY_LIMIT.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1; start a process without it")
+        raise ValueError("kernels cannot be compiled with TRITON_INTERPRET=1; start a process without it")
     for target in targets:
         if target not in SHARED_MEMORY_LIMIT:
             raise ValueError(f"target is {target!r}, expected one of {sorted(SHARED_MEMORY_LIMIT)}")
@@ -173,10 +174,15 @@ def run_gate(config: GateConfig) -> str:
     """The table for `sda-fast kernels`.
 
     Raises:
-        ValueError: a variant has a fault (the message holds the table), or a target is unknown.
+        ValueError: a variant has a fault (the message holds the table), no variant has the name, a target is unknown,
+            or Triton runs as an interpreter.
     """
     variants = [variant for variant in all_variants() if config.name in variant.name]
-    reports = check_kernels(config.targets.split(","), variants)
+    if not variants:
+        names = [variant.name for variant in all_variants()]
+        near = difflib.get_close_matches(config.name, names, n=5, cutoff=0.0)
+        raise ValueError(f"no kernel's name contains {config.name!r}; near it are {', '.join(map(repr, near))}")
+    reports = check_kernels([target.strip() for target in config.targets.split(",")], variants)
     table = format_reports(reports)
     if any(report.faults for report in reports):
         raise ValueError(f"kernels with faults\n{table}")

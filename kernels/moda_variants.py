@@ -32,15 +32,12 @@ GATE_SIGNATURE = {
     "rows_per_sequence": "i32",
     "scaling": "fp32",
 }
-# Widths and row strides of the layers of a launch.
 PLACES = ("", *(f"_{place}" for place in range(1, LAYERS_PER_LAUNCH)))
-WIDTHS, Y_STRIDES, DY_STRIDES = (
-    tuple(f"{before}{place}{after}" for place in PLACES)
-    for before, after in (("N", ""), ("stride_y", "_row"), ("stride_dy", "_row"))
-)
+WIDTHS = tuple(f"N{which}" for which in PLACES)
+OF_LAYERS = tuple(f"stride_{name}{which}_row" for name in ("y", "dy") for which in PLACES)
 OF_RANK = ("R", "stride_h_row", "stride_dh_row", "stride_B_row", "stride_weight_column")
 OF_SIZES = (
-    *("M", *WIDTHS, "K", "stride_x_row", *Y_STRIDES, *DY_STRIDES, "stride_dx_row", "stride_A_row"),
+    *("M", *WIDTHS, "K", "stride_x_row", *OF_LAYERS, "stride_dx_row", "stride_A_row"),
     *("stride_weight_rank", "stride_weight_row", "stride_dhg_part", "stride_h_split"),
 )
 
@@ -73,11 +70,17 @@ def _present(name: str, kind: str, is_present: bool) -> tuple[dict[str, str], di
 
 
 def _layers(names: tuple[str, ...], signature: dict[str, str], layers: int) -> tuple[dict[str, str], dict[str, object]]:
-    """Pointers of the layers after the first, as far as they and the first's are there."""
-    places = [(name, name.replace("_ptr", f"_{place}_ptr"), place) for name in names for place in range(1, len(PLACES))]
-    is_there = {of_layer: place < layers and name in signature for name, of_layer, place in places}
-    present = {of_layer: signature[name] for name, of_layer, _ in places if is_there[of_layer]}
-    return present, {"LAYERS": layers, **{name: None for name, there in is_there.items() if not there}}
+    """Arguments of the layers after the first: signature of those that are there, constants for the others."""
+    present: dict[str, str] = {}
+    absent: dict[str, object] = {"LAYERS": layers}
+    for place in range(1, LAYERS_PER_LAUNCH):
+        for name in names:
+            is_there = place < layers and name in signature
+            if is_there:
+                present[f"{name.removesuffix('_ptr')}_{place}_ptr"] = signature[name]
+            else:
+                absent[f"{name.removesuffix('_ptr')}_{place}_ptr"] = None
+    return present, absent
 
 
 def _together(*arguments: tuple[dict[str, str], dict[str, object]]) -> tuple[dict[str, str], dict[str, object]]:
@@ -89,9 +92,10 @@ def _together(*arguments: tuple[dict[str, str], dict[str, object]]) -> tuple[dic
     return signature, constexprs
 
 
-def _named(*parts: str, gating: Gating = "by id", adapter: str = "fp32") -> str:
+def _named(*parts: str, gating: Gating = "by id", adapter: str = "fp32", layers: int = 1) -> str:
     of_adapter = "" if adapter == "fp32" else f"{adapter} adapter"
-    return " ".join(part for part in (*parts, "" if gating == "by id" else gating, of_adapter) if part)
+    of_group = "" if layers == 1 else f"layers={layers}"
+    return " ".join(part for part in (*parts, of_group, "" if gating == "by id" else gating, of_adapter) if part)
 
 
 def _chunks(block_m: int, blocks_of_columns: int) -> int:
@@ -150,17 +154,15 @@ def expand_add(type_name: str, rank: int, gating: Gating = "by id", adapter: str
 
 
 def expand(
-    type_name: str, rank: int, gating: Gating = "by id", adapter: str = "fp32", has_bias: bool = True
+    type_name: str,
+    rank: int,
+    gating: Gating = "by id",
+    adapter: str = "fp32",
+    has_bias: bool = True,
+    layers: int = 1,
 ) -> KernelVariant:
     parts = ("expand", type_name, f"R={rank}", "bias" * has_bias)
-    return _expand(parts, type_name, rank, gating, adapter, adds=False, has_bias=has_bias)
-
-
-def expand_group(
-    type_name: str, rank: int, layers: int, gating: Gating = "by id", has_bias: bool = True
-) -> KernelVariant:
-    parts = ("expand", type_name, f"R={rank}", "bias" * has_bias, f"layers={layers}")
-    return _expand(parts, type_name, rank, gating, "fp32", adds=False, has_bias=has_bias, layers=layers)
+    return _expand(parts, type_name, rank, gating, adapter, adds=False, has_bias=has_bias, layers=layers)
 
 
 def expand_dx(type_name: str, rank: int, dropout: bool, adds: bool, adapter: str = "fp32") -> KernelVariant:
@@ -185,7 +187,7 @@ def _expand(
     size = TYPES[type_name].itemsize
     moved = layers * ((1 + adds) * M * N * size + M * rank * 4 + N * rank * TYPES[adapter].itemsize)
     unit, strided = ("rank", "column") if is_gated else ("column", "rank")
-    integers = ("M", *WIDTHS, *Y_STRIDES, f"stride_weight_{strided}", "threshold")
+    integers = ("M", *WIDTHS, *(f"stride_y{which}_row" for which in PLACES), f"stride_weight_{strided}", "threshold")
     signature, constexprs = _together(
         (GATE_SIGNATURE, {}),
         _per_expert(rank if is_gated else 1),
@@ -196,12 +198,13 @@ def _expand(
     if not is_gated:
         del signature["gates_ptr"]
         constexprs["gates_ptr"] = None
-    signature |= {"y_ptr": f"*{type_name}", "weight_ptr": f"*{adapter}"}
+    signature |= {"y_ptr": f"*{type_name}", "weight_ptr": f"*{adapter}", "keep_scale": "fp32"}
+    signature |= dict.fromkeys(integers, "i32")
     of_layers, absent = _layers(("y_ptr", "bias_ptr", "weight_ptr", "gates_ptr"), signature, layers)
     return KernelVariant(
-        name=_named(*parts, gating=gating or "by id", adapter=adapter),
+        name=_named(*parts, gating=gating or "by id", adapter=adapter, layers=layers),
         kernel=moda_forward.expand_add_kernel,
-        signature={**signature, **of_layers, "keep_scale": "fp32", **dict.fromkeys(integers, "i32")},
+        signature={**signature, **of_layers},
         constexprs={
             **constexprs,
             **absent,
@@ -281,7 +284,7 @@ def dy_pass(
     chunks = _chunks(config.block_m, blocks_of_columns)
     floor = M * N * size + (1 + needs_dhg) * M * rank * 4 + N * rank * (4 * needs_dB + TYPES[adapter].itemsize)
     parts = 2 * chunks * N * rank * 4 * needs_dB + 2 * blocks_of_columns * M * rank * 4 * needs_dhg
-    integers = ("M", *WIDTHS, *DY_STRIDES, "stride_B_row", "blocks_per_chunk")
+    integers = ("M", *WIDTHS, *(f"stride_dy{which}_row" for which in PLACES), "stride_B_row", "blocks_per_chunk")
     signature, constexprs = _together(
         (GATE_SIGNATURE, {}),
         _per_expert(rank),
@@ -289,13 +292,12 @@ def dy_pass(
         _present("dhg_ptr", "*fp32", needs_dhg),
         _present("dB_ptr", "*fp32", needs_dB),
     )
-    signature |= {"dy_ptr": f"*{type_name}", "lora_B_ptr": f"*{adapter}"}
+    signature |= {"dy_ptr": f"*{type_name}", "lora_B_ptr": f"*{adapter}", **dict.fromkeys(integers, "i32")}
     of_layers, absent = _layers(("dy_ptr", "lora_B_ptr", "gates_ptr"), signature, layers)
-    parts_of_name = ("dy_pass", type_name, f"R={rank}", needs, f"layers={layers}" * (layers > 1))
     return KernelVariant(
-        name=_named(*parts_of_name, gating=gating, adapter=adapter),
+        name=_named("dy_pass", type_name, f"R={rank}", needs, gating=gating, adapter=adapter, layers=layers),
         kernel=moda_backward.dy_kernel,
-        signature={**signature, **of_layers, **dict.fromkeys(integers, "i32")},
+        signature={**signature, **of_layers},
         constexprs={
             **constexprs,
             **absent,
@@ -325,8 +327,8 @@ def gate_gradient(
 ) -> KernelVariant:
     block_e, block_inner = next_power_of_2(experts), next_power_of_2(rank // experts)
     parts = N // 256
-    floor = layers * (1 + needs_gates + needs_dh) * M * rank * 4
-    integers = ("M", "E", *(f"parts{place}" for place in PLACES), "stride_dhg_part", "stride_dh_row", "modalities")
+    floor = (1 + needs_gates + needs_dh) * M * rank * 4
+    integers = ("M", "E", "parts", "parts_1", "parts_2", "stride_dhg_part", "stride_dh_row", "modalities")
     signature, constexprs = _together(
         (GATE_SIGNATURE, {}),
         ({}, {"rank_per_expert": 1}) if rank == experts else ({"rank_per_expert": "i32"}, {}),
@@ -334,12 +336,10 @@ def gate_gradient(
         _present("dh_ptr", "*fp32", needs_dh),
         _present("dgates_ptr", "*fp32", needs_gates),
     )
-    of_layers, absent = _layers(("gates_ptr",), signature, layers)
     only = "" if needs_dh and needs_gates else "dh only" if needs_dh else "gates only"
+    of_layers, absent = _layers(("gates_ptr",), signature, layers)
     return KernelVariant(
-        name=_named(
-            "gate gradient", f"R={rank}", f"E={experts}", only, f"layers={layers}" * (layers > 1), gating=gating
-        ),
+        name=_named("gate gradient", f"R={rank}", f"E={experts}", only, gating=gating, layers=layers),
         kernel=moda_backward.gate_kernel,
         signature={**signature, **of_layers, "dhg_ptr": "*fp32", **dict.fromkeys(integers, "i32")},
         constexprs={
@@ -354,8 +354,8 @@ def gate_gradient(
         num_warps=4,
         num_stages=1,
         problem=f"M={M} R={rank} E={experts}",
-        bytes_moved=floor + layers * (parts - 1) * M * rank * 4,
-        bytes_floor=floor,
+        bytes_moved=layers * (floor + (parts - 1) * M * rank * 4),
+        bytes_floor=layers * floor,
         flops=layers * (parts + 3) * M * rank,
         aligned=_aligned(rank),
         tensor_cores=False,
@@ -422,57 +422,53 @@ BOTH = (True, False)
 FORWARD = (
     *(project(*case) for case in product(SIZES, RANKS, BOTH)),
     *(expand_add(*case) for case in product(SIZES, RANKS, GATINGS)),
-    *(expand(*case) for case in product(SIZES, RANKS, GATINGS)),
+    *(expand(*case) for case in product(SIZES, RANKS)),
+    *(expand(*case, layers=3) for case in product(SIZES, RANKS, GATINGS)),
+    *(expand("bf16", rank, layers=2) for rank in RANKS),
     *(gated_linear(*case) for case in product(SIZES, RANKS, GATINGS)),
 )
 OF_DY = (
-    *(dy_pass(*case) for case in product(SIZES, FUSED_DY, GATINGS)),
-    *(dy_pass(*case, "dB only") for case in product(SIZES, RANKS, GATINGS)),
-    *(dy_pass(*case, "by id", "dhg only") for case in product(SIZES, FUSED_DY)),
+    *(dy_pass(*case, layers=layers) for layers in (1, 3) for case in product(SIZES, FUSED_DY, GATINGS)),
+    *(dy_pass("bf16", rank, layers=2) for rank in FUSED_DY),
+    *(dy_pass(*case, needs="dB only") for case in product(SIZES, RANKS, GATINGS)),
+    *(dy_pass(*case, needs="dB only", layers=3) for case in product(SIZES, FUSED_DY)),
+    *(dy_pass(*case, needs="dhg only", layers=layers) for layers in (1, 3) for case in product(SIZES, FUSED_DY)),
     *(project_dy(*case) for case in product(SIZES, LARGE_DY)),
-    *(
-        gate_gradient(16, EXPERTS, gating, *needs)
-        for gating in GATINGS
-        for needs in ((True, True), (True, False), (False, True))
-    ),
+    *(gate_gradient(rank, EXPERTS, gating) for rank in (16, 256) for gating in GATINGS),
+    *(gate_gradient(16, EXPERTS, gating, *needs) for gating in GATINGS for needs in ((True, False), (False, True))),
+    *(gate_gradient(16, EXPERTS, gating, layers=3) for gating in GATINGS),
     *(gate_gradient(*case) for case in ((1, 1), (8, 8), (16, 1), (96, 3), (64, 64), (256, 1), (256, 2), (256, 64))),
-    *(gate_gradient(256, EXPERTS, gating) for gating in GATINGS),
 )
 OF_X = (
     *(dx_pass(*case) for case in product(SIZES, FUSED_DX, BOTH, BOTH)),
-    *(dx_pass(*case, "dx only") for case in product(SIZES, FUSED_DX, BOTH, BOTH)),
-    *(dx_pass(*case, True, "dA only") for case in product(SIZES, RANKS, BOTH)),
+    *(dx_pass(*case, needs="dx only") for case in product(SIZES, FUSED_DX, BOTH, BOTH)),
+    *(dx_pass(*case, needs="dA only") for case in product(SIZES, RANKS, BOTH)),
     *(expand_dx(*case) for case in product(SIZES, LARGE_DX, BOTH, BOTH)),
-)
-# q, k and v together, or gate and up.
-GROUPS = (
-    *(expand_group("bf16", rank, layers, "one gate", has_bias=layers == 3) for rank in RANKS for layers in (2, 3)),
-    *(expand_group(*case, 3, gating) for case in (("bf16", 16), ("fp32", 16)) for gating in ("by id", "row gates")),
-    *(dy_pass("bf16", rank, "one gate", layers=layers) for rank in FUSED_DY for layers in (2, 3)),
-    *(dy_pass(size, 16, gating, layers=3) for size in SIZES for gating in ("by id", "row gates")),
-    *(gate_gradient(16, EXPERTS, gating, layers=3) for gating in GATINGS),
-    *(gate_gradient(rank, layers=2) for rank in FUSED_DY),
 )
 # One of every configuration, or less.
 BFLOAT16_ADAPTERS = (
-    *(project(*case, True, "bf16") for case in product(SIZES, RANKS)),
-    *(make(*case, "by id", "bf16") for make in (expand_add, gated_linear) for case in product(SIZES, RANKS)),
-    *(dy_pass(*case, "by id", "", "bf16") for case in product(SIZES, FUSED_DY)),
-    *(project_dy(*case, "bf16") for case in product(SIZES, LARGE_DY)),
-    *(dx_pass(*case, True, False, "", "bf16") for case in product(SIZES, FUSED_DX)),
-    *(expand_dx(*case, True, False, "bf16") for case in product(SIZES, LARGE_DX)),
+    *(project("bf16", rank, True, "bf16") for rank in RANKS),
+    *(make("bf16", rank, adapter="bf16") for make in (expand_add, gated_linear) for rank in RANKS),
+    *(dy_pass("bf16", rank, adapter="bf16") for rank in FUSED_DY),
+    *(project_dy("bf16", rank, "bf16") for rank in LARGE_DY),
+    *(dx_pass("bf16", rank, True, False, adapter="bf16") for rank in FUSED_DX),
+    *(expand_dx("bf16", rank, True, False, "bf16") for rank in LARGE_DX),
+    project("fp32", 16, True, "bf16"),
+    *(make("fp32", 16, adapter="bf16") for make in (expand_add, gated_linear, dy_pass)),
+    dx_pass("fp32", 16, True, False, adapter="bf16"),
 )
 FLOAT16 = (
     *(project("fp16", rank, True) for rank in (16, 256)),
     *(make("fp16", rank) for make in (expand_add, expand, gated_linear) for rank in (16, 256)),
     dy_pass("fp16", 16),
-    dy_pass("fp16", 256, "by id", "dB only"),
+    dy_pass("fp16", 256, needs="dB only"),
     *(dx_pass("fp16", rank, True) for rank in (16, 64)),
 )
 ONE_RANK_PER_EXPERT = (
     project("bf16", 8, True),
-    *(make("bf16", 8) for make in (expand_add, gated_linear, dy_pass)),
-    expand("bf16", 8, has_bias=False),
+    *(make("bf16", 8) for make in (expand_add, gated_linear)),
+    *(make("bf16", 8, gating, layers=layers) for make in (expand, dy_pass) for gating in GATINGS for layers in (1, 3)),
+    gate_gradient(8, 8, "one gate", layers=3),
     dx_pass("bf16", 8, True, False),
 )
-VARIANTS = (*FORWARD, *OF_DY, *OF_X, *GROUPS, *BFLOAT16_ADAPTERS, *FLOAT16, *ONE_RANK_PER_EXPERT)
+VARIANTS = (*FORWARD, *OF_DY, *OF_X, *BFLOAT16_ADAPTERS, *FLOAT16, *ONE_RANK_PER_EXPERT)

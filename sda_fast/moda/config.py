@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +50,8 @@ class MoDAConfig:
         for name in ("target_modules", "exclude_modules", "modality_names"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_sizes(self.r, self.num_experts, self.num_modalities, self.lora_dropout)
-        if len(self.modality_names) > self.num_modalities:
-            raise ValueError(f"{len(self.modality_names)} modality_names for num_modalities={self.num_modalities}")
+        sizes = self.r, self.num_experts, self.num_modalities
+        check_sizes(*sizes, self.lora_dropout, self.gate_dim, self.modality_names)
         if self.adapter_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"adapter_dtype must be 'float32' or 'bfloat16', got {self.adapter_dtype!r}")
 
@@ -65,7 +65,14 @@ class MoDAConfig:
         return dataclasses.asdict(self)
 
 
-def check_sizes(r: int, num_experts: int, num_modalities: int, lora_dropout: float) -> None:
+def check_sizes(
+    r: int,
+    num_experts: int,
+    num_modalities: int,
+    lora_dropout: float,
+    gate_dim: int,
+    modality_names: Sequence[str],
+) -> None:
     """Raise ValueError unless the experts share the rank evenly and everything is in range."""
     if r < 1 or num_experts < 1 or r % num_experts != 0:
         raise ValueError(f"num_experts must divide the total rank r, got r={r} and num_experts={num_experts}")
@@ -73,3 +80,7 @@ def check_sizes(r: int, num_experts: int, num_modalities: int, lora_dropout: flo
         raise ValueError(f"num_modalities must be at least 1, got {num_modalities}")
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+    if gate_dim < 1:
+        raise ValueError(f"gate_dim must be at least 1, got {gate_dim}")
+    if len(modality_names) > num_modalities:
+        raise ValueError(f"{len(modality_names)} modality_names for num_modalities={num_modalities}")

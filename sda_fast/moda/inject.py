@@ -21,16 +21,17 @@ OTHER_PARTS = re.compile(
 SHARED_INPUT_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def adapt_model(model: nn.Module, config: MoDAConfig) -> list[str]:
+def adapt_model(model: nn.Module, config: MoDAConfig, *, backend: str = "auto") -> list[str]:
     """Replace the target layers by `MoDALinear` in place, freeze everything else, and let q/k/v and gate/up share x.
 
     Args:
         model: a transformers vision-language or language model, its linears float or 4-bit.
         config: see `MoDAConfig`; its seed decides the initial values.
+        backend: "auto", "triton" or "torch", as in `moda_linear`; no part of the adapter, so it is not saved with it.
     Returns:
         The names of the adapted layers, in the order of the model.
     Raises:
-        ValueError: nothing matches config.target_modules, or the model is adapted already.
+        ValueError: nothing matches config.target_modules, the model is adapted already, or backend is none of these.
     """
     already = [name for name, module in model.named_modules() if isinstance(module, MoDALinear)]
     if already:
@@ -52,6 +53,7 @@ def adapt_model(model: nn.Module, config: MoDAConfig) -> list[str]:
             gate_dim=config.gate_dim,
             modality_names=config.modality_names,
             adapter_dtype=getattr(torch, config.adapter_dtype),
+            backend=backend,
             generator=generator,
         )
         setattr(parent, attribute, layer.train(base_layer.training))

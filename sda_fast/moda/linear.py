@@ -14,9 +14,11 @@ from sda_fast.moda.context import current_modality
 from sda_fast.moda.fold import FoldableLayer, check_kept
 from sda_fast.moda.shared import SharedInput
 from sda_fast.ops.gates import GateParameters, moda_gates
+from sda_fast.ops.moda_group import BACKENDS
 from sda_fast.ops.quantized import layer_kind
 
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "gate_embedding", "gate_proj")
+ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INITIAL_STD_OF_A = 0.01
 DEFAULT_NAMES = ("image", "text")
 
@@ -45,7 +47,8 @@ class MoDALinear(FoldableLayer):
         generator: a CPU generator for the initial values.
     Raises:
         TypeError: base_layer is neither kind of layer.
-        ValueError: sizes do not fit, or cache_folded is no modality.
+        ValueError: sizes do not fit, there are more names than modalities, cache_folded is no modality, or
+            adapter_dtype or backend is none of these.
     """
 
     lora_A: nn.Parameter
@@ -76,9 +79,13 @@ class MoDALinear(FoldableLayer):
                 f"base_layer must be nn.Linear or bitsandbytes Linear4bit, got {type(base_layer).__module__}."
                 f"{type(base_layer).__name__}"
             )
-        check_sizes(r, num_experts, num_modalities, lora_dropout)
         if modality_names is None:
             modality_names = DEFAULT_NAMES[:num_modalities]
+        check_sizes(r, num_experts, num_modalities, lora_dropout, gate_dim, modality_names)
+        if adapter_dtype not in ADAPTER_DTYPES:
+            raise ValueError(f"adapter_dtype must be one of {ADAPTER_DTYPES}, got {adapter_dtype}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
         base_layer.requires_grad_(False)
         self.base_layer = base_layer
         self.in_features: int = base_layer.in_features  # type: ignore[assignment]

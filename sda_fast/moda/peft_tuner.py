@@ -58,7 +58,8 @@ class MoDAPeftConfig(PeftConfig):
         self.peft_type = PEFT_TYPE
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        check_sizes(self.r, self.num_experts, self.num_modalities, self.lora_dropout)
+        sizes = self.r, self.num_experts, self.num_modalities
+        check_sizes(*sizes, self.lora_dropout, self.gate_dim, self.modality_names)
 
     @property
     def scaling(self) -> float:

@@ -98,7 +98,7 @@ def read_adapter(adapter: str | os.PathLike[str]) -> tuple[MoDAConfig, dict[str,
     )
 
 
-def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> MoDAConfig:
+def load_adapter(model: nn.Module, adapter: str | os.PathLike[str], *, backend: str = "auto") -> MoDAConfig:
     """Load an adapter into a model, adapting it first if it is not adapted yet.
 
     Everything is checked before anything of an adapted model is changed.
@@ -107,6 +107,7 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> MoDAConfi
         model: the base model, or one adapted with the same configuration; with or without its language head, however
             the model was that the adapter is from.
         adapter: a folder written by `save_adapter` or by PEFT, or the hub id of one.
+        backend: of the layers, where they are not adapted yet; see `adapt_model`.
     Returns:
         The adapter's configuration.
     Raises:
@@ -120,7 +121,7 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> MoDAConfi
         check_layers_exist(model, layers)
         if layers != adapted_names(saved):
             config = dataclasses.replace(config, target_modules=tuple(layers), exclude_modules=None)
-        adapt_model(model, config)
+        adapt_model(model, config, backend=backend)
     else:
         check_same_config(config_of(model), config)
     parameters = dict(named_moda_parameters(model))

@@ -189,6 +189,8 @@ def seed_tensor(x: Tensor, seed: Tensor | int | None) -> Tensor:
         raise ValueError(
             f"seed must be one int64 element on {x.device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
         )
+    if seed.device.type == "cpu" and not torch.compiler.is_compiling() and int(seed) < 0:
+        raise ValueError(f"seed must be in [0, 2**63), got {int(seed)}")
     return seed.reshape(1)
 
 

@@ -8,14 +8,28 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 
+import torch
+
+from sda_fast.cli import main
+from sda_fast.kernels.configs import CONFIGS
+from sda_fast.kernels.moda_backward import LARGEST_FUSED_DX_RANK, LARGEST_FUSED_DY_RANK
+from sda_fast.kernels.moda_variants import RANKS, VARIANTS
+from sda_fast.ops.moda_linear import ids_of
+
+# Of every kind one that was found to spill, or to need too much shared memory, with some configuration.
 REPRESENTATIVE = (
-    "project bf16 R=16 dropout",
-    "expand_add bf16 R=16",
-    "gated_linear bf16 R=16",
-    "dy_pass bf16 R=16",
-    "dx_pass bf16 R=16 dropout",
-    "gate gradient R=16",
+    "project bf16 R=128 dropout",
+    "project fp32 R=32",
+    "expand_add bf16 R=128 bf16 adapter",
+    "expand bf16 R=16 bias layers=3 one gate",
+    "gated_linear bf16 R=128 one gate",
+    "dy_pass bf16 R=8 row gates",
+    "dy_pass bf16 R=32 dB only layers=3",
+    "dy_pass bf16 R=256 dB only one gate",
+    "dx_pass bf16 R=64 dA only dropout",
+    "gate gradient R=256 E=64",
     "decode nested fold R=16",
     "small product bf16 M=1 nested",
     "cmsa merge statistics soft",
@@ -67,20 +81,44 @@ for variant in of_kernel.values():
 """
 
 INTERPRETED = """
-from sda_fast.kernels.gate import check_kernels
-try:
-    check_kernels()
-except RuntimeError as error:
-    assert "TRITON_INTERPRET" in str(error)
-else:
-    raise AssertionError("compiled in the interpreter")
+from sda_fast.cli import main
+assert main(["kernels", "--name", "project bf16 R=16"]) == 2
 """
 
 
-def run(code: str, **environment: str) -> None:
+def run(code: str, **environment: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+    return result.stderr
+
+
+def test_the_table_has_every_gating_and_need_for_every_configuration():
+    names = {variant.name for variant in VARIANTS}
+    gatings = "", " row gates", " one gate"
+    wanted = [f"{kernel} {type_name} R={rank}{gating}"
+        for kernel in ("expand_add", "gated_linear") for type_name in ("bf16", "fp32")
+        for rank in RANKS for gating in gatings]  # fmt: skip
+    for (kernel, size, rank), gating in product(CONFIGS, gatings):
+        start = f"{kernel} {'bf16' if size == 2 else 'fp32'} R={rank}"
+        if kernel == "dy_pass":
+            wanted += [f"{start} dB only{gating}"]
+            wanted += [f"{start}{layers}{gating}" for layers in ("", " layers=3") if rank <= LARGEST_FUSED_DY_RANK]
+        elif kernel == "dx_pass":
+            needs = ("", " dx only", " dA only") if rank <= LARGEST_FUSED_DX_RANK else (" dA only",)
+            wanted += [f"{start}{need}{dropout}" for need in needs for dropout in ("", " dropout")]
+        elif kernel == "project":
+            wanted += [start, f"{start} dropout"]
+    assert not set(wanted) - names
+    of_adapters = {name.split()[0] for name in names if name.endswith("bf16 adapter")}
+    assert of_adapters == {"project", "expand_add", "gated_linear", "dy_pass", "dhg", "dx_pass", "dx"}
+
+
+def test_modality_ids_are_compiled_as_they_are_passed():
+    passed = ids_of(torch.empty(2, 3), torch.zeros(2, dtype=torch.int32), 1).dtype
+    assert passed == torch.int64
+    kinds = {variant.signature.get("modality_ids_ptr") for variant in VARIANTS}
+    assert kinds == {"*i64", None}
 
 
 def test_representative_kernels_pass_the_gate():
@@ -96,5 +134,17 @@ def test_kernels_compile_where_every_size_and_stride_is_one():
     run(CORNERS)
 
 
-def test_the_gate_refuses_to_run_in_the_interpreter():
-    run(INTERPRETED, TRITON_INTERPRET="1")
+def test_the_gate_refuses_to_run_in_the_interpreter_without_a_traceback():
+    told = run(INTERPRETED, TRITON_INTERPRET="1")
+    assert "start a process without it" in told and "Traceback" not in told
+
+
+def test_a_name_that_no_kernel_has_is_an_error_that_names_near_ones(capsys):
+    assert main(["kernels", "--name", "decode nestd"]) == 2
+    assert "no kernel's name contains 'decode nestd'; near it are 'decode nested'" in capsys.readouterr().err
+
+
+def test_targets_may_have_spaces_and_unknown_ones_are_named(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["kernels", "--targets", "sm_80, sm_70", "--name", "decode nested"]) == 2
+    assert "target is 'sm_70', expected one of ['sm_100', 'sm_80', 'sm_90']" in capsys.readouterr().err

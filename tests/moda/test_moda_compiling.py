@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from sda_fast import CMSALoss, MoDAConfig, adapt_model, modality
 from sda_fast.losses.cached import cached_contrastive_step
 from sda_fast.moda import compiling
 from sda_fast.moda.compiling import MergingBackend, compiled_layers, merge_groups
+from sda_fast.moda.inject import named_moda_layers
 from sda_fast.moda.linear import MoDALinear
 
 
@@ -87,6 +89,51 @@ def test_q_k_v_and_gate_up_are_merged_and_give_the_same_bits_with_dropout(spared
         assert of_adapters.keys() == expected_of_adapters.keys() and len(of_adapters) == 56
         for name, gradient in of_adapters.items():
             torch.testing.assert_close(gradient, expected_of_adapters[name])
+
+
+def qwen2_5_vl():
+    """The decoder of a Qwen2.5-VL of one layer, as `llama`."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    config = Qwen2_5_VLTextConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, rope_parameters=rope,
+    )  # fmt: skip
+    model = Qwen2_5_VLTextModel(config)
+    adapt_model(model, MoDAConfig(r=4, num_experts=2, lora_dropout=0.2, gate_dim=4))
+    for _, layer in named_moda_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.1)
+    return model.train()
+
+
+@pytest.mark.parametrize("make", [llama, qwen2_5_vl])
+def test_one_graph_holds_a_decoder_layer_with_checkpointing_and_dropout(make):
+    model = make()
+    layer, hidden = model.layers[0], torch.randn(2, 6, 32, requires_grad=True)
+    positions = torch.arange(6).expand(2, 6)
+    embeddings = model.rotary_emb(hidden, positions.expand(3, 2, 6) if make is qwen2_5_vl else positions)
+    adapter = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+    def layer_of(hidden):
+        y = layer(hidden, position_embeddings=embeddings, position_ids=positions, use_cache=False)
+        return y[0] if isinstance(y, tuple) else y
+
+    def results(function):
+        torch.manual_seed(7)
+        with modality("image"):
+            y = function(hidden)
+            return [y, *torch.autograd.grad(y.square().sum(), [hidden, *adapter])]
+
+    # Layers that each draw their own mask, as they do in a graph that nothing merges.
+    for module in layer.modules():
+        for key in [key for key in module._forward_pre_hooks if str(key).startswith("sda_fast ")]:
+            del module._forward_pre_hooks[key]
+    expected = results(layer_of)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert layer.gradient_checkpointing and layer.training
+    for given in (results(layer_of), results(torch.compile(layer_of, fullgraph=True, backend="aot_eager"))):
+        for ours, wanted in zip(given, expected, strict=True):
+            torch.testing.assert_close(ours, wanted)
 
 
 def test_inductor_draws_the_same_masks_so_that_a_cached_step_is_exact():

@@ -253,6 +253,20 @@ def test_decoder_layer_with_checkpointing_compiles_into_one_graph() -> None:
     assert_close(results(model), expected)
 
 
+def test_the_backend_is_of_the_layers_and_not_of_the_adapters_files(tmp_path: Path) -> None:
+    model = VisionLanguageModel()
+    adapt_model(model, MoDAConfig(), backend="torch")
+    assert {layer.backend for _, layer in named_moda_layers(model)} == {"torch"}
+    save_adapter(model, tmp_path)
+    assert "backend" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    for options, expected in (({}, "auto"), ({"backend": "torch"}, "torch")):
+        other = VisionLanguageModel()
+        load_adapter(other, tmp_path, **options)
+        assert {layer.backend for _, layer in named_moda_layers(other)} == {expected}
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        adapt_model(VisionLanguageModel(), MoDAConfig(), backend="cuda")
+
+
 def test_an_adapter_goes_to_disk_and_back(tmp_path: Path) -> None:
     model = adapted()
     expected = results(model)

@@ -61,6 +61,37 @@ def test_one_layer_and_a_group_keep_x_once(layers: int, dropout: float) -> None:
 
 
 @pytest.mark.parametrize("dropout", list(LITTLE_MORE))
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_with_4bit_weights_no_decoded_weight_is_kept(layers: int, backend: str, dropout: float) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    # bfloat16 is not computed rightly by Triton's interpreter.
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)
+    rows, width = 64, 256
+    x = torch.randn(rows, width, dtype=dtype, device=device, requires_grad=True)
+    weights = [
+        bnb.nn.Params4bit(torch.randn(width, width), requires_grad=False, quant_type="nf4").to(device)
+        for _ in range(layers)
+    ]
+    states = [weight.quant_state for weight in weights]
+    statistics = [part for s in states for part in (s.absmax, s.code, s.state2.absmax, s.state2.code, s.offset)]
+    lora_A = [torch.randn(8, width, device=device, requires_grad=True) for _ in range(layers)]
+    lora_B = [torch.randn(width, 8, device=device, requires_grad=True) for _ in range(layers)]
+    gates = [torch.rand(2, 8, device=device, requires_grad=True) for _ in range(layers)]
+
+    def forward() -> list[Tensor]:
+        return moda_linear_group(
+            x, weights, lora_A, lora_B, gates, torch.arange(rows) % 2, scalings=[4.0] * layers, biases=[None] * layers,
+            dropout=dropout, backend=backend,
+        )  # fmt: skip
+
+    kept = bytes_kept(forward, [*weights, *statistics, *lora_A, *lora_B, *gates])
+    h, ids, seed = layers * rows * 8 * 4, rows * 8, 8
+    bits = rows * width // 8 if dropout and backend == "torch" else 0
+    assert x.nbytes + h <= kept <= x.nbytes + h + ids + seed + bits
+
+
+@pytest.mark.parametrize("dropout", list(LITTLE_MORE))
 def test_a_decoder_layer_keeps_each_input_of_its_linear_layers_once_beyond_what_the_frozen_one_keeps(
     dropout: float,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sda_fast import MoDALinear
 from sda_fast.ops import quantized
 from sda_fast.ops.quantized import decode, decode_absmax, decode_in_pytorch, describe_weight, layer_kind
 
@@ -60,6 +62,33 @@ def test_large_weights_are_decoded_by_rows_into_the_workspace(nested: bool, monk
     by_rows = decode(*described, torch.bfloat16)
     assert torch.equal(by_rows, whole)
     assert by_rows.data_ptr() == quantized.workspaces.take((1,), torch.bfloat16, torch.device("cpu")).data_ptr()
+
+
+def test_two_layers_share_one_workspace_and_on_a_cpu_every_thread_has_its_own() -> None:
+    pool, cpu = quantized.WorkspacePool(), torch.device("cpu")
+    large = pool.take((40, 64), torch.float16, cpu)
+    assert pool.take((16, 64), torch.float32, cpu).data_ptr() == large.data_ptr()
+    with ThreadPoolExecutor(1) as executor:
+        elsewhere = executor.submit(pool.take, (40, 64), torch.float16, cpu).result()
+    assert elsewhere.data_ptr() != large.data_ptr()
+    assert pool.take((40, 64), torch.float16, cpu).data_ptr() == large.data_ptr()
+
+
+def test_layers_of_4bit_weights_decode_into_the_one_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    take = quantized.workspaces.take
+
+    def noted(*arguments: object) -> torch.Tensor:
+        taken.append(take(*arguments).data_ptr())
+        return take(*arguments)
+
+    monkeypatch.setattr(quantized.workspaces, "take", noted)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(3, 64, device=device)
+    for N in (48, 32):
+        layer = MoDALinear(bnb.nn.Linear4bit(64, N, quant_type="nf4"), backend="triton").to(device)
+        layer(x, 0).sum().backward()
+    assert len(taken) >= 2 and len(set(taken)) == 1
 
 
 def test_float64_is_the_float32_decoding_widened() -> None:
