@@ -1,4 +1,4 @@
-"""Time a folded and an unfolded evaluation of one adapted layer on a CPU, for RATIOS in sda_fast/ops/fold_regimes.py.
+"""Time a folded and an unfolded evaluation of an adapted layer on a CPU: CPU_RATIOS in sda_fast/ops/fold_regimes.py.
 
     OMP_NUM_THREADS=1 python bench/fold_speed.py [bench/results]
 

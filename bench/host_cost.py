@@ -1,9 +1,9 @@
-"""Time what the host does for one layer in evaluation on a GPU, every launch replaced by nothing; it needs no GPU.
+"""Time what the host does for one layer in evaluation on a GPU, and for decoder layers in training; it needs no GPU.
 
-    python bench/host_cost.py [--other CHECKOUT] [--out bench/results]
+    python bench/host_cost.py [--other CHECKOUT] [--out bench/results --page docs/kernels.md]
 
 With --other the same is measured of another checkout, in processes that take turns. What the launches themselves cost
-(Triton's launcher, cuBLAS) is not in it, nor is waiting for the device.
+on the device is not in it, nor is Triton's launcher in C and waiting.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ os.environ["SDA_FAST_TUNED"] = ""
 
 import torch
 
+import host_training
+from pages import replace_between
+from without_device import without_device
+
 N, K, RANK, EXPERTS, MULTIPROCESSORS = 3584, 3584, 8, 8, 132
 CALLS, ROUNDS = 400, 9
+BEGIN, END = "<!-- host -->", "<!-- /host -->"
 WEIGHT = (
     "Tensor packed, Tensor code, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, Tensor? offset, "
     "int block_size, int nested_block_size"
@@ -45,25 +50,12 @@ WAYS = {
 }
 
 
-class NoLaunch:
-    """Stands for a Triton kernel."""
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return lambda *arguments, **constants: None
-
-
 def replace_launches() -> None:
     """Kernels, the library's operations and the GEMM after a fold do nothing; the device seems to be a GPU's size."""
-    from sda_fast.kernels import configs, moda_forward, nf4, nf4_linear
+    from sda_fast.kernels import configs, moda_forward, nf4_linear
     from sda_fast.ops import cuda_library, moda_evaluate, moda_linear
 
-    for module, kernel in (
-        (moda_forward, "project_kernel"),
-        (nf4, "decode_kernel"),
-        (nf4_linear, "small_product_kernel"),
-        (nf4_linear, "finish_product_kernel"),
-    ):
-        setattr(module, kernel, NoLaunch())
+    without_device()
     for module in (configs, moda_forward, nf4_linear):
         module.programs_wanted = lambda device: 2 * MULTIPROCESSORS  # type: ignore[attr-defined]
     library = torch.library.Library("sda_fast_cuda", "DEF")
@@ -119,39 +111,67 @@ def microseconds() -> dict[str, float]:
     return found
 
 
-def in_process(checkout: Path) -> dict[str, float]:
+PARTS: dict[str, Callable[[], dict[str, float]]] = {
+    "evaluation": microseconds,
+    "training": host_training.microseconds,
+}
+
+
+def in_process(checkout: Path) -> dict[tuple[str, str], float]:
+    """Microseconds by part and way."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    found = {}
+    for part in PARTS:
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", part]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found |= {(part, way): value for way, value in json.loads(done.stdout.splitlines()[-1]).items()}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--other", type=Path, help="another checkout, measured in turns")
     parser.add_argument("--out", type=Path, help="a folder: write the times there, into the file of this processor")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--page", type=Path, help="put the table into this page; needs --out")
+    parser.add_argument("--worker", choices=list(PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(microseconds()))
+        print(json.dumps(PARTS[arguments.worker]()))
         return
     checkouts = {"this": Path(__file__).resolve().parents[1]}
     if arguments.other:
         checkouts["other"] = arguments.other.resolve()
     rounds = [{name: in_process(path) for name, path in checkouts.items()} for _ in range(ROUNDS)]
     records = []
-    for way in WAYS:
-        lowest = {name: round(min(found[name][way] for found in rounds), 1) for name in checkouts}
-        record: dict[str, Any] = {"way": way, "microseconds": lowest}
+    for part, way in rounds[0]["this"]:
+        times = [{name: found[name][part, way] for name in checkouts} for found in rounds]
+        lowest = {name: round(min(one[name] for one in times), 1) for name in checkouts}
+        record: dict[str, Any] = {"part": part, "way": way, "microseconds": lowest}
         if arguments.other:
-            record["this / other"] = round(median(found["this"][way] / found["other"][way] for found in rounds), 3)
+            record["this / other"] = round(median(one["this"] / one["other"] for one in times), 3)
         records.append(record)
         print(record)
     if arguments.out:
-        write(arguments.out, records, checkouts)
+        document = write(arguments.out, records, checkouts)
+        if arguments.page:
+            replace_between(arguments.page, BEGIN, END, table(document))
 
 
-def write(out: Path, records: list[dict[str, Any]], checkouts: dict[str, Path]) -> None:
+def table(document: dict[str, Any]) -> str:
+    """The times as markdown, and where they are from."""
+    lines = ["| what | us | us before | ratio |", "| --- | ---: | ---: | ---: |"]
+    for record in document["records"]:
+        before, ratio = record["microseconds"].get("other", "-"), record.get("this / other", "-")
+        lines.append(f"| {record['part']}: {record['way']} | {record['microseconds']['this']} | {before} | {ratio} |")
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    revisions = ", ".join(f"{name}: {revision}" for name, revision in document["revisions"].items())
+    problem = "; ".join(f"{part}: {what}" for part, what in document["problem"].items())
+    source = f"{document['device']}; {versions}; {problem}; {document['timer']}; revisions {revisions}"
+    return "\n".join([*lines, "", f"`{document['command']}`: {source}."])
+
+
+def write(out: Path, records: list[dict[str, Any]], checkouts: dict[str, Path]) -> dict[str, Any]:
+    """The results file."""
     from layers import device_name, results_file, versions
 
     cpu = torch.device("cpu")
@@ -164,12 +184,17 @@ def write(out: Path, records: list[dict[str, Any]], checkouts: dict[str, Path]) 
             name: subprocess.run(revision, cwd=path, capture_output=True, text=True).stdout.strip()
             for name, path in checkouts.items()
         },
-        "problem": {"N": N, "K": K, "r": RANK, "experts": EXPERTS, "weight": "nf4, nested"},
-        "timer": f"processor time of a call, median of {CALLS} calls, the lowest of {ROUNDS} processes that took "
-        "turns; the ratio is the median of theirs; launches replaced by nothing",
+        "problem": {
+            "evaluation": f"one layer, {K} to {N}, r = {RANK} in {EXPERTS} experts, nf4, nested",
+            "training": "one decoder layer of seven linear layers, forward, recomputation and backward, dropout 0.1, "
+            f"r = {RANK} in {EXPERTS} experts, nf4, nested",
+        },
+        "timer": f"processor time, one thread: median of {CALLS} calls or {host_training.STEPS} steps, the lowest of "
+        f"{ROUNDS} processes that took turns; the ratio is the median of theirs; the device's work replaced by nothing",
         "records": records,
     }
     results_file(out, "host-cost", cpu).write_text(json.dumps(document, indent=1) + "\n")
+    return document
 
 
 if __name__ == "__main__":

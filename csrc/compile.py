@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -23,10 +24,28 @@ KERNEL_SOURCES = (
     *("passes_forward.cu", "passes_backward.cu", "add_parts.cu"),
 )
 BINDING_SOURCE = "binding.cpp"
-# Compute capabilities; SDA_FAST_CUDA_TARGETS=90 builds for one card, and sooner.
-TARGETS = tuple(os.environ.get("SDA_FAST_CUDA_TARGETS", "80,86,89,90").split(","))
-# The oldest torch whose stable ABI the binding uses: 2.11.
+DEFAULT_TARGETS = "80,86,89,90"
+# The oldest torch whose stable ABI the binding uses, 2.11: torch's headers declare nothing that is newer.
 TORCH_TARGET_VERSION = "0x020b000000000000"
+
+
+def targets_of(text: str) -> tuple[str, ...]:
+    """The compute capabilities in words like "80,90"; none are the usual ones.
+
+    Raises:
+        ValueError: a word is no compute capability.
+    """
+    targets = tuple(word.strip() for word in (text.strip() or DEFAULT_TARGETS).split(","))
+    for target in targets:
+        if not re.fullmatch(r"\d{2,3}[af]?", target):
+            raise ValueError(
+                f"SDA_FAST_CUDA_TARGETS must be compute capabilities, such as 90 or 80,90, got {text!r} with {target!r}"
+            )
+    return targets
+
+
+# SDA_FAST_CUDA_TARGETS=90 builds for one card, and sooner.
+TARGETS = targets_of(os.environ.get("SDA_FAST_CUDA_TARGETS", ""))
 
 
 def find_nvcc() -> str | None:

@@ -5,16 +5,18 @@ Sizes: E experts, D entries of a modality's embedding. Sums are float32 and run 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import triton.language as tl
 
 from sda_fast.kernels.configs import cdiv, next_power_of_2
 from sda_fast.kernels.group import filled, pointer_of
-from sda_fast.kernels.launching import kernel
+from sda_fast.kernels.launching import kernel, prepare
 
-LARGEST_BLOCK_D, ELEMENTS_PER_TILE = 64, 4096
+LARGEST_BLOCK_D, ELEMENTS_PER_TILE = 64, 2048
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
 @kernel
@@ -121,6 +123,29 @@ def blocks(experts: int, gate_dim: int) -> dict[str, int]:
     return {"BLOCK_E": block_e, "BLOCK_D": block_d}
 
 
+@functools.lru_cache(maxsize=256)
+def prepare_gates(layers: int, lines: int, experts: int, gate_dim: int, first_modality: int) -> Callable[..., None]:
+    constants = {"LAYERS": layers, **blocks(experts, gate_dim), **OPTIONS}
+    return prepare(gates_kernel, (layers, lines), (experts, gate_dim, first_modality), constants)
+
+
+@functools.lru_cache(maxsize=256)
+def prepare_gates_backward(
+    layers: int,
+    lines: int,
+    experts: int,
+    gate_dim: int,
+    modalities: int,
+    first_modality: int,
+    needs_embedding: bool,
+    needs_proj: bool,
+) -> Callable[..., None]:
+    constants = {"LAYERS": layers, "NEEDS_EMBEDDING": needs_embedding, "NEEDS_PROJ": needs_proj}
+    constants |= {**blocks(experts, gate_dim), **OPTIONS}
+    numbers = (experts, gate_dim, modalities, first_modality, lines)
+    return prepare(gates_backward_kernel, (layers, cdiv(gate_dim, constants["BLOCK_D"])), numbers, constants)
+
+
 def gates_of_layers(
     embeddings: Sequence[torch.Tensor], projs: Sequence[torch.Tensor], first_modality: int, lines: int
 ) -> list[torch.Tensor]:
@@ -136,19 +161,8 @@ def gates_of_layers(
     layers, (experts, gate_dim) = len(projs), projs[0].shape
     gates = torch.empty(layers, lines, experts, dtype=torch.float32, device=projs[0].device)
     if gates.numel():
-        gates_kernel[(layers, lines)](
-            *dense(embeddings),
-            *dense(projs),
-            gates,
-            experts,
-            gate_dim,
-            first_modality,
-            LAYERS=layers,
-            **blocks(experts, gate_dim),
-            num_warps=4,
-            num_stages=1,
-            enable_fp_fusion=True,
-        )
+        launch = prepare_gates(layers, lines, experts, gate_dim, first_modality)
+        launch(*dense(embeddings), *dense(projs), gates)
     return list(gates.unbind(0))
 
 
@@ -172,25 +186,8 @@ def gates_backward_of_layers(
     modalities, lines = embeddings[0].shape[0], gates[0].shape[0]
     dembeddings = embeddings[0].new_empty(layers, modalities, gate_dim) if needs_embedding else None
     dprojs = projs[0].new_empty(layers, experts, gate_dim) if needs_proj else None
-    constants = blocks(experts, gate_dim)
-    gates_backward_kernel[(layers, cdiv(gate_dim, constants["BLOCK_D"]))](
-        *dense(dgates),
-        *dense(gates),
-        *dense(embeddings),
-        *dense(projs),
-        dembeddings,
-        dprojs,
-        experts,
-        gate_dim,
-        modalities,
-        first_modality,
-        lines,
-        LAYERS=layers,
-        NEEDS_EMBEDDING=needs_embedding,
-        NEEDS_PROJ=needs_proj,
-        **constants,
-        num_warps=4,
-        num_stages=1,
-        enable_fp_fusion=True,
+    launch = prepare_gates_backward(
+        layers, lines, experts, gate_dim, modalities, first_modality, needs_embedding, needs_proj
     )
+    launch(*dense(dgates), *dense(gates), *dense(embeddings), *dense(projs), dembeddings, dprojs)
     return tuple(None if one is None else list(one.unbind(0)) for one in (dembeddings, dprojs))  # type: ignore[return-value]

@@ -3,14 +3,16 @@
 `triton.jit` looks at every argument of every launch, with its own rules and the environment's switches, to find the
 binary that belongs to it: 40 to 60 microseconds of the host's time for kernels with as many arguments as ours, longer
 than many of them run. A `Kernel` finds it by the arguments' types and values, and asks Triton when it meets new ones.
+Where a launch is made again and again with other pointers, `prepare` leaves only these to be looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -22,8 +24,8 @@ LARGEST_NUMBER_OF_LAUNCHES = 4096
 POINTER_ALIGNMENT = 16
 
 
-class Launch(NamedTuple):
-    """What a launch needs of a compiled kernel beside its arguments."""
+class Binary(NamedTuple):
+    """What a launch needs of a compiled kernel."""
 
     compiled: CompiledKernel
     run: Callable[..., None]
@@ -47,7 +49,7 @@ class Kernel(JITFunction[Any]):
         pointers_last = not all(name.endswith("_ptr") for name in self.arg_names[: self.number_of_pointers])
         if pointers_last or self.arg_names[len(self.arg_names) - len(self.constants) :] != self.constants:
             raise ValueError(f"{function.__name__} must take pointers, then numbers, then constants")
-        self.launches: dict[tuple[Any, ...], Launch] = {}
+        self.launches: dict[tuple[Any, ...], PreparedLaunch] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self.launch, grid)
@@ -58,42 +60,66 @@ class Kernel(JITFunction[Any]):
         Args:
             grid: number of programs, up to three sizes.
             arguments: pointers and numbers, in the kernel's order.
-            constants: the kernel's constants and Triton's options, in any order, but always the same from one place.
+            constants: the kernel's constants and Triton's options.
         """
         pointers, numbers = arguments[: self.number_of_pointers], arguments[self.number_of_pointers :]
+        key = (grid, *map(type, numbers), *numbers, *constants.items())
+        prepared = self.launches.get(key)
+        if prepared is None:
+            if len(self.launches) >= LARGEST_NUMBER_OF_LAUNCHES:
+                self.launches.clear()
+            prepared = self.launches[key] = PreparedLaunch(self, grid, numbers, constants)
+        prepared(*pointers)
+
+
+class PreparedLaunch:
+    """A launch that lacks its pointers only; `Kernel` says what it remembers."""
+
+    def __init__(
+        self, kernel: Kernel, grid: tuple[int, ...], numbers: Sequence[Any], constants: Mapping[str, Any]
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, tuple(numbers), dict(constants)
+        self.sizes = (*grid, 1, 1)[:3]
+        self.after_pointers = (*numbers, *(constants[name] for name in kernel.constants))
+        self.binaries: dict[tuple[Any, ...], Binary] = {}
+
+    def __call__(self, *pointers: torch.Tensor | None) -> None:
+        """Launch on the current device and stream."""
         active = driver.active
         device = active.get_current_device()
         key = (
             device,
             *[None if one is None else (one.dtype, one.data_ptr() % POINTER_ALIGNMENT) for one in pointers],
-            *map(type, numbers),
-            *numbers,
-            *constants.items(),
         )
-        known = self.launches.get(key)
+        known = self.binaries.get(key)
         if known is None:
-            self.remember(key, self.run(*arguments, grid=grid, warmup=False, **constants))
-            return
-        ordered = map(constants.__getitem__, self.constants)
-        if is_watched(knobs.runtime.launch_enter_hook) or is_watched(knobs.runtime.launch_exit_hook):
-            known.compiled[(*grid, 1, 1)[:3]](*arguments, *ordered)
-            return
-        stream = active.get_current_stream(device)
-        sizes = (*grid, 1, 1)[:3]
-        known.run(*sizes, stream, known.function, known.packed_metadata, None, None, None, *arguments, *ordered)
-
-    def remember(self, key: tuple[Any, ...], compiled: Any) -> None:
-        """Keep what a launch compiled to; nothing where a hook of Triton's took the compilation over."""
-        if not isinstance(compiled, CompiledKernel):
-            return
-        if len(self.launches) >= LARGEST_NUMBER_OF_LAUNCHES:
-            self.launches.clear()
-        self.launches[key] = Launch(compiled, compiled.run, compiled.function, compiled.packed_metadata)
+            arguments = (*pointers, *self.numbers)
+            compiled = self.kernel.run(*arguments, grid=self.grid, warmup=False, **self.constants)
+            # A hook of Triton's may have taken the compilation over.
+            if isinstance(compiled, CompiledKernel):
+                self.binaries[key] = Binary(compiled, compiled.run, compiled.function, compiled.packed_metadata)
+        elif is_watched(knobs.runtime.launch_enter_hook) or is_watched(knobs.runtime.launch_exit_hook):
+            known.compiled[self.sizes](*pointers, *self.after_pointers)
+        else:
+            stream = active.get_current_stream(device)
+            nobody = (None, None, None)
+            known.run(
+                *self.sizes, stream, known.function, known.packed_metadata, *nobody, *pointers, *self.after_pointers
+            )
 
 
 def is_watched(hook: Any) -> bool:
     """Whether somebody wants to be called at launches: a profiler, say."""
     return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def prepare(
+    kernel: Any, grid: tuple[int, ...], numbers: Sequence[Any], constants: Mapping[str, Any]
+) -> Callable[..., None]:
+    """A launch that is called with the kernel's pointers; to be kept by whoever makes it again."""
+    if isinstance(kernel, Kernel):
+        return PreparedLaunch(kernel, grid, numbers, constants)
+    return lambda *pointers: kernel[grid](*pointers, *numbers, **constants)
 
 
 def kernel(function: Callable[..., Any]) -> Any:

@@ -8,7 +8,8 @@ W is added afterwards. Sizes as in `moda_forward`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ import triton.language as tl
 from sda_fast.kernels.configs import LaunchConfig, cdiv, config_for, next_power_of_2, padded_rank, programs_wanted
 from sda_fast.kernels.gating import gate_rows, gates_are_per_row, load_gated
 from sda_fast.kernels.group import filled, layer_of_block, number_of, pointer_of
-from sda_fast.kernels.launching import kernel
+from sda_fast.kernels.launching import kernel, prepare
 from sda_fast.kernels.moda_forward import (
     LARGEST_RANK_BLOCK,
     launch_expand_add,
+    options,
     project_partials,
     row_stride,
     with_unit_columns,
@@ -312,8 +314,8 @@ def dy_pass(
         (dh [M, R], dB [N, R], dgates of the shape of gates), float32 each, None where not asked for.
     """
     needs = {"needs_dh": needs_dh, "needs_dB": needs_dB, "needs_gates": needs_gates}
-    options: dict[str, Any] = {"rows_per_sequence": rows_per_sequence, "dh_out": dh_out, "config": config, **needs}
-    dh, dB, dgates = dy_pass_of_group([dy], h, [lora_B], [gates], modality_ids, scaling, **options)
+    rest: dict[str, Any] = {"rows_per_sequence": rows_per_sequence, "dh_out": dh_out, "config": config, **needs}
+    dh, dB, dgates = dy_pass_of_group([dy], h, [lora_B], [gates], modality_ids, scaling, **rest)
     return dh, dB[0], dgates[0]
 
 
@@ -363,36 +365,22 @@ def dy_pass_of_group(
     dhg_parts = torch.empty(sum(blocks), M, R, dtype=float32, device=device) if fused else None
     dB_parts = torch.empty(chunks, sum(widths), R, dtype=float32, device=device) if needs_dB else None
     if fused or needs_dB:
-        dy_kernel[(sum(blocks), chunks)](
-            *filled(dys, None),
-            h,
-            *filled(lora_B, None),
-            *filled(gates, None),
-            modality_ids,
-            dhg_parts,
-            dB_parts,
+        launch = prepare_dy(
             M,
-            *filled(widths, 0),
+            tuple(widths),
             R,
-            *filled([dy.stride(0) for dy in dys], 0),
-            h.stride(0),
-            lora_B[0].stride(0),
-            gates[0].stride(0),
+            (tuple([dy.stride(0) for dy in dys]), h.stride(0), lora_B[0].stride(0), gates[0].stride(0)),
+            gates[0].shape[1],
+            gates_are_per_row(gates[0], modality_ids),
             rows_per_sequence,
-            R // gates[0].shape[1],
             scaling,
+            fused,
+            needs_dB,
+            config,
+            chunks,
             blocks_per_chunk,
-            LAYERS=layers,
-            GATE_PER_ROW=gates_are_per_row(gates[0], modality_ids),
-            NEEDS_DHG=fused,
-            NEEDS_DB=needs_dB,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_R=padded_rank(R),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
         )
+        launch(*filled(dys, None), h, *filled(lora_B, None), *filled(gates, None), modality_ids, dhg_parts, dB_parts)
     if needs_dhg and not fused:
         dhg = torch.empty(M, R, dtype=float32, device=device)
         project_config = config_for("project", dys[0].dtype, R)
@@ -406,6 +394,46 @@ def dy_pass_of_group(
     if dB_parts is not None:
         dB = dB_parts.sum(0).split(widths)
     return dh, dB, dgates
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_dy(
+    M: int,
+    widths: tuple[int, ...],
+    R: int,
+    strides: tuple[tuple[int, ...], int, int, int],
+    experts: int,
+    gate_per_row: bool,
+    rows_per_sequence: int,
+    scaling: float,
+    needs_dhg: bool,
+    needs_dB: bool,
+    config: LaunchConfig,
+    chunks: int,
+    blocks_per_chunk: int,
+) -> Callable[..., None]:
+    """The launch of `dy_kernel`.
+
+    Args:
+        widths: columns of every dy.
+        strides: from row to row of every dy, of h and of lora_B, from line to line of the gates.
+    """
+    of_dys, *others = strides
+    numbers = (
+        *(M, *filled(widths, 0), R, *filled(of_dys, 0), *others),
+        *(rows_per_sequence, R // experts, scaling, blocks_per_chunk),
+    )
+    constants = {
+        "LAYERS": len(widths),
+        "GATE_PER_ROW": gate_per_row,
+        "NEEDS_DHG": needs_dhg,
+        "NEEDS_DB": needs_dB,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_R": padded_rank(R),
+        **options(config),
+    }
+    return prepare(dy_kernel, (sum(cdiv(N, config.block_n) for N in widths), chunks), numbers, constants)
 
 
 def fuses_dy(rank: int) -> bool:
@@ -426,47 +454,63 @@ def _apply_gates(
 ) -> Sequence[torch.Tensor | None]:
     layers, (_, M, R) = len(gates), dhg_parts.shape
     modalities, E = gates[0].shape
-    block_e, block_inner = next_power_of_2(E), next_power_of_2(R // E)
-    block_m = max(1, 1024 // (block_e * block_inner))
-    programs = cdiv(M, block_m)
+    programs = cdiv(M, rows_of_gate_program(R, E))
     per_row = gates_are_per_row(gates[0], modality_ids)
     dgates = None
     if needs_gates:
         shape = (layers, M, E) if per_row else (programs, layers, modalities, E)
         dgates = torch.empty(shape, dtype=torch.float32, device=h.device)
-    gate_kernel[(programs, layers)](
-        dhg_parts,
-        h,
-        *filled(gates, None),
-        modality_ids,
-        dh,
-        dgates,
-        M,
-        R,
-        E,
-        *filled(parts, 0),
-        M * R,
-        h.stride(0),
-        gates[0].stride(0),
-        row_stride(dh),
-        rows_per_sequence,
-        R // E,
-        modalities,
-        scaling,
-        LAYERS=layers,
-        GATE_PER_ROW=per_row,
-        NEEDS_DH=dh is not None,
-        NEEDS_GATES=needs_gates,
-        BLOCK_M=block_m,
-        BLOCK_E=block_e,
-        BLOCK_RANK_PER_EXPERT=block_inner,
-        num_warps=4,
-        num_stages=1,
-        enable_fp_fusion=True,
-    )
+    strides = h.stride(0), gates[0].stride(0), row_stride(dh)
+    sizes = (M, R, E, modalities, tuple(parts))
+    launch = prepare_gate(*sizes, strides, per_row, rows_per_sequence, scaling, dh is not None, needs_gates)
+    launch(dhg_parts, h, *filled(gates, None), modality_ids, dh, dgates)
     if dgates is None:
         return [None] * layers
     return (dgates if per_row else dgates.sum(0)).unbind(0)
+
+
+def rows_of_gate_program(R: int, E: int) -> int:
+    """How many rows a program of `gate_kernel` works on."""
+    return max(1, 1024 // (next_power_of_2(E) * next_power_of_2(R // E)))
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_gate(
+    M: int,
+    R: int,
+    E: int,
+    modalities: int,
+    parts: tuple[int, ...],
+    strides: tuple[int, int, int],
+    gate_per_row: bool,
+    rows_per_sequence: int,
+    scaling: float,
+    needs_dh: bool,
+    needs_gates: bool,
+) -> Callable[..., None]:
+    """The launch of `gate_kernel`.
+
+    Args:
+        parts: of every layer's dhg.
+        strides: from row to row of h, from line to line of the gates, from row to row of dh.
+    """
+    numbers = (
+        *(M, R, E, *filled(parts, 0), M * R, *strides),
+        *(rows_per_sequence, R // E, modalities, scaling),
+    )
+    constants = {
+        "LAYERS": len(parts),
+        "GATE_PER_ROW": gate_per_row,
+        "NEEDS_DH": needs_dh,
+        "NEEDS_GATES": needs_gates,
+        "BLOCK_M": rows_of_gate_program(R, E),
+        "BLOCK_E": next_power_of_2(E),
+        "BLOCK_RANK_PER_EXPERT": next_power_of_2(R // E),
+        "num_warps": 4,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
+    return prepare(gate_kernel, (cdiv(M, rows_of_gate_program(R, E)), len(parts)), numbers, constants)
 
 
 def dx_pass(
@@ -501,8 +545,8 @@ def dx_pass(
         return dA
     if R > LARGEST_RANK_BLOCK:
         slices = [slice(start, start + LARGEST_RANK_BLOCK) for start in range(0, R, LARGEST_RANK_BLOCK)]
-        options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "needs_dA": needs_dA, "config": config}
-        parts = [dx_pass(x, dh[:, part], lora_A[part], dx, adds=adds or part.start > 0, **options) for part in slices]
+        rest: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "needs_dA": needs_dA, "config": config}
+        parts = [dx_pass(x, dh[:, part], lora_A[part], dx, adds=adds or part.start > 0, **rest) for part in slices]
         return torch.cat([part for part in parts if part is not None]) if needs_dA else None
 
     if dx is not None and padded_rank(R) > LARGEST_FUSED_DX_RANK:
@@ -521,32 +565,38 @@ def dx_pass(
     blocks_of_columns = cdiv(K, config.block_n)
     chunks, blocks_per_chunk = chunks_of_rows(M, config.block_m, blocks_of_columns, dh.device)
     dA_parts = torch.empty(chunks, R, K, dtype=torch.float32, device=dh.device) if needs_dA else None
-    dx_kernel[(blocks_of_columns, chunks)](
-        x,
-        dh,
-        lora_A,
-        dx,
-        dA_parts,
-        seed,
-        M,
-        K,
-        R,
-        row_stride(x),
-        dh.stride(0),
-        lora_A.stride(0),
-        row_stride(dx),
-        blocks_per_chunk,
-        dropout_threshold(dropout_p),
-        dropout_scale(dropout_p),
-        HAS_DROPOUT=dropout_threshold(dropout_p) > 0,
-        NEEDS_DA=needs_dA,
-        NEEDS_DX=dx is not None,
-        ADDS=adds,
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_n,
-        BLOCK_R=padded_rank(R),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
-    )
+    strides = row_stride(x), dh.stride(0), lora_A.stride(0), row_stride(dx)
+    needs = needs_dA, dx is not None
+    launch = prepare_dx(M, K, R, strides, dropout_p, *needs, adds, config, chunks, blocks_per_chunk)
+    launch(x, dh, lora_A, dx, dA_parts, seed)
     return None if dA_parts is None else dA_parts.sum(0)
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_dx(
+    M: int,
+    K: int,
+    R: int,
+    strides: tuple[int, int, int, int],
+    dropout_p: float,
+    needs_dA: bool,
+    needs_dx: bool,
+    adds: bool,
+    config: LaunchConfig,
+    chunks: int,
+    blocks_per_chunk: int,
+) -> Callable[..., None]:
+    """The launch of `dx_kernel`; strides from row to row of x, dh, lora_A and dx."""
+    threshold = dropout_threshold(dropout_p)
+    numbers = (M, K, R, *strides, blocks_per_chunk, threshold, dropout_scale(dropout_p))
+    constants = {
+        "HAS_DROPOUT": threshold > 0,
+        "NEEDS_DA": needs_dA,
+        "NEEDS_DX": needs_dx,
+        "ADDS": adds,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_n,
+        "BLOCK_R": padded_rank(R),
+        **options(config),
+    }
+    return prepare(dx_kernel, (cdiv(K, config.block_n), chunks), numbers, constants)

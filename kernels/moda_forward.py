@@ -6,7 +6,8 @@ accumulated in float32; A, B and h * G are rounded to the dtype of the activatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from sda_fast.kernels.configs import LaunchConfig, cdiv, config_for, padded_rank, programs_wanted, rank_block
 from sda_fast.kernels.gating import gates_are_per_row, load_gated
 from sda_fast.kernels.group import filled, layer_of_block, number_of, pointer_of
-from sda_fast.kernels.launching import kernel
+from sda_fast.kernels.launching import kernel, prepare
 from sda_fast.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
 LARGEST_RANK_BLOCK = 256
@@ -246,44 +247,59 @@ def project_partials(
     """
     x = with_unit_columns(x)
     (M, K), R = x.shape, weight.shape[0]
+    strides = x.stride(0), weight.stride(0), weight.stride(1), out.stride(0)
+    launch, splits = prepare_project(M, K, R, strides, dropout_p, split_k, config, programs_wanted(x.device))
+    if splits == 1:
+        launch(x, weight, out, seed)
+        return None
+    partials = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
+    launch(x, weight, partials, seed)
+    return partials
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_project(
+    M: int,
+    K: int,
+    R: int,
+    strides: tuple[int, int, int, int],
+    dropout_p: float,
+    split_k: int | None,
+    config: LaunchConfig,
+    programs: int,
+) -> tuple[Callable[..., None], int]:
+    """The launch of `project_partials` and into how many parts it cuts K.
+
+    Args:
+        strides: from row to row of x, of the weight's ranks and columns, from row to row of h where K is not cut.
+        programs: how many fill the device.
+    """
     block_r = min(padded_rank(R), LARGEST_RANK_BLOCK)
-    blocks_of_rows = cdiv(M, config.block_m)
-    blocks_of_ranks = cdiv(R, block_r)
-    blocks_of_columns = cdiv(K, config.block_n)
+    blocks_of_rows, blocks_of_ranks, blocks_of_columns = (
+        cdiv(M, config.block_m), cdiv(R, block_r), cdiv(K, config.block_n)
+    )  # fmt: skip
     if split_k is None:
         # A part shorter than four blocks of columns does not pay for its share of the final sum.
-        split_k = min(programs_wanted(x.device) // (blocks_of_rows * blocks_of_ranks), blocks_of_columns // 4)
+        split_k = min(programs // (blocks_of_rows * blocks_of_ranks), blocks_of_columns // 4)
     blocks_per_split = cdiv(blocks_of_columns, max(1, min(split_k, blocks_of_columns)))
     splits = max(1, cdiv(blocks_of_columns, max(1, blocks_per_split)))
-    partials = None
-    if splits > 1:
-        partials = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
-    target = out if partials is None else partials
-    project_kernel[(blocks_of_rows, splits, blocks_of_ranks)](
-        x,
-        weight,
-        target,
-        seed,
-        M,
-        K,
-        R,
-        x.stride(0),
-        weight.stride(0),
-        weight.stride(1),
-        0 if partials is None else partials.stride(0),
-        target.stride(-2),
-        blocks_per_split,
-        dropout_threshold(dropout_p),
-        dropout_scale(dropout_p),
-        HAS_DROPOUT=dropout_threshold(dropout_p) > 0,
-        BLOCK_M=config.block_m,
-        BLOCK_R=block_r,
-        BLOCK_K=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
-    )
-    return partials
+    *strides_of_inputs, stride_of_h = strides
+    strides_of_target = (0, stride_of_h) if splits == 1 else (M * R, R)
+    threshold = dropout_threshold(dropout_p)
+    numbers = (M, K, R, *strides_of_inputs, *strides_of_target, blocks_per_split, threshold, dropout_scale(dropout_p))
+    constants = {
+        "HAS_DROPOUT": threshold > 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_R": block_r,
+        "BLOCK_K": config.block_n,
+        **options(config),
+    }
+    return prepare(project_kernel, (blocks_of_rows, splits, blocks_of_ranks), numbers, constants), splits
+
+
+def options(config: LaunchConfig) -> dict[str, Any]:
+    """Triton's own."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
 
 
 def expand_add(
@@ -345,8 +361,17 @@ def expand(
     Returns:
         out.
     """
-    options: dict[str, Any] = {"rows_per_sequence": rows_per_sequence, "config": config}
-    return expand_group(h, [lora_B], [gates], modality_ids, scaling, biases=[bias], outs=[out], **options)[0]
+    return expand_group(
+        h,
+        [lora_B],
+        [gates],
+        modality_ids,
+        scaling,
+        rows_per_sequence=rows_per_sequence,
+        biases=[bias],
+        outs=[out],
+        config=config,
+    )[0]
 
 
 def expand_group(
@@ -408,11 +433,23 @@ def launch_expand_add(
         gates: empty for no gate.
         adds: False to overwrite every y instead.
     """
-    layers, M, (R, _) = len(ys), ys[0].shape[0], weights[0].shape
-    widths = [y.shape[1] for y in ys]
-    gate = gates[0] if gates else None
-    blocks_of_columns = sum(cdiv(N, config.block_n) for N in widths)
-    expand_add_kernel[(cdiv(M, config.block_m) * blocks_of_columns,)](
+    (R, _), gate = weights[0].shape, gates[0] if gates else None
+    launch = prepare_expand(
+        ys[0].dtype,
+        ys[0].shape[0],
+        tuple([y.shape[1] for y in ys]),
+        R,
+        (tuple([y.stride(0) for y in ys]), h.stride(0), *weights[0].stride(), row_stride(gate)),
+        None if gate is None else R // gate.shape[1],
+        gates_are_per_row(gate, modality_ids),
+        rows_per_sequence,
+        scaling,
+        dropout_p,
+        adds,
+        biases[0] is not None,
+        config,
+    )
+    launch(
         *filled(ys, None),
         *filled(biases, None),
         h,
@@ -420,30 +457,50 @@ def launch_expand_add(
         *filled(gates, None),
         modality_ids,
         seed,
-        M,
-        *filled(widths, 0),
-        R,
-        *filled([y.stride(0) for y in ys], 0),
-        h.stride(0),
-        weights[0].stride(1),
-        weights[0].stride(0),
-        row_stride(gate),
-        rows_per_sequence,
-        1 if gate is None else R // gate.shape[1],
-        scaling,
-        dropout_threshold(dropout_p),
-        dropout_scale(dropout_p),
-        LAYERS=layers,
-        ADDS=adds,
-        HAS_BIAS=biases[0] is not None,
-        IS_GATED=gate is not None,
-        GATE_PER_ROW=gates_are_per_row(gate, modality_ids),
-        HAS_DROPOUT=dropout_threshold(dropout_p) > 0,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_R=rank_block(ys[0].dtype, R),
-        PADDED_R=padded_rank(R),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_expand(
+    dtype: torch.dtype,
+    M: int,
+    widths: tuple[int, ...],
+    R: int,
+    strides: tuple[tuple[int, ...], int, int, int, int],
+    rank_per_expert: int | None,
+    gate_per_row: bool,
+    rows_per_sequence: int,
+    scaling: float,
+    dropout_p: float,
+    adds: bool,
+    has_bias: bool,
+    config: LaunchConfig,
+) -> Callable[..., None]:
+    """The launch of `launch_expand_add`.
+
+    Args:
+        widths: columns of every y.
+        strides: from row to row of every y, of h, of the weight's ranks and columns, from line to line of the gates.
+        rank_per_expert: None without gates.
+    """
+    of_ys, of_h, of_ranks, of_columns, of_gates = strides
+    threshold = dropout_threshold(dropout_p)
+    numbers = (
+        *(M, *filled(widths, 0), R, *filled(of_ys, 0), of_h, of_columns, of_ranks, of_gates),
+        *(rows_per_sequence, rank_per_expert or 1, scaling, threshold, dropout_scale(dropout_p)),
+    )
+    constants = {
+        "LAYERS": len(widths),
+        "ADDS": adds,
+        "HAS_BIAS": has_bias,
+        "IS_GATED": rank_per_expert is not None,
+        "GATE_PER_ROW": gate_per_row,
+        "HAS_DROPOUT": threshold > 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_R": rank_block(dtype, R),
+        "PADDED_R": padded_rank(R),
+        **options(config),
+    }
+    blocks_of_columns = sum(cdiv(N, config.block_n) for N in widths)
+    return prepare(expand_add_kernel, (cdiv(M, config.block_m) * blocks_of_columns,), numbers, constants)

@@ -9,7 +9,7 @@ a list: [absmax, code], or [absmax codes, code, nested absmax, nested code, offs
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import cdiv, padded_rank, rank_block
-from sda_fast.kernels.launching import kernel
+from sda_fast.kernels.launching import kernel, prepare
 from sda_fast.kernels.moda_forward import row_stride
 
 # How a tile of the weight lies on blocks and bytes.
@@ -198,6 +198,22 @@ class DecodeLaunch(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
+def prepare_decode(
+    N: int,
+    K: int,
+    blocksize: int,
+    nested_blocksize: int,
+    R: int,
+    rank_per_expert: int,
+    strides: tuple[int, int],
+    scaling: float,
+) -> Callable[..., None]:
+    """The launch for an [N, K] weight with a fold of total rank R (0: none), A and B with these row strides."""
+    launch = decode_launch(N, K, R, blocksize, nested_blocksize)
+    numbers = (launch.rows, launch.columns, R, launch.elements, *strides, rank_per_expert, scaling)
+    return prepare(decode_kernel, launch.grid, numbers, launch.constants)
+
+
 def decode_launch(N: int, K: int, R: int, blocksize: int, nested_blocksize: int) -> DecodeLaunch:
     """For decoding an [N, K] weight with a fold of total rank R (0: none)."""
     elements = N * K
@@ -263,27 +279,7 @@ def decode_4bit(
         return weight
     R = 0 if lora_A is None else lora_A.shape[0]
     rank_per_expert = 1 if gates is None or R == 0 else R // gates.numel()
-    launch = decode_launch(*shape, R, blocksize, nested_blocksize)
-    absmax, code, nested_absmax, nested_code, offset = unpack_statistics(statistics)
-    decode_kernel[launch.grid](
-        data,
-        absmax,
-        code,
-        nested_absmax,
-        nested_code,
-        offset,
-        weight,
-        lora_A,
-        lora_B,
-        gates,
-        launch.rows,
-        launch.columns,
-        R,
-        launch.elements,
-        row_stride(lora_A),
-        row_stride(lora_B),
-        rank_per_expert,
-        scaling,
-        **launch.constants,
-    )
+    strides = row_stride(lora_A), row_stride(lora_B)
+    launch = prepare_decode(*shape, blocksize, nested_blocksize, R, rank_per_expert, strides, scaling)
+    launch(data, *unpack_statistics(statistics), weight, lora_A, lora_B, gates)
     return weight

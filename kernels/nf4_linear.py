@@ -7,7 +7,7 @@ second kernel adds the parts in their order, with bias and (h * G) B^T, and roun
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from sda_fast.kernels.configs import cdiv, next_power_of_2, padded_rank, programs_wanted, rank_block
 from sda_fast.kernels.gating import gates_are_per_row, load_gated
-from sda_fast.kernels.launching import kernel
+from sda_fast.kernels.launching import kernel, prepare
 from sda_fast.kernels.moda_forward import row_stride
 from sda_fast.kernels.nf4 import decode_tile, placement_of, unpack_statistics
 
@@ -169,6 +169,23 @@ class SmallProductLaunch(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
+def prepare_small_product(
+    M: int,
+    N: int,
+    K: int,
+    element_size: int,
+    blocksize: int,
+    nested_blocksize: int,
+    programs: int,
+    splits: int,
+    stride_x_row: int,
+) -> tuple[Callable[..., None], int]:
+    """The launch of `small_product_kernel`, and into how many parts it cuts K; see `small_product_launch`."""
+    launch = small_product_launch(M, N, K, element_size, blocksize, nested_blocksize, programs, splits)
+    numbers = (M, N, K, N * K, stride_x_row, launch.blocks_per_split)
+    return prepare(small_product_kernel, launch.grid, numbers, launch.constants), launch.splits
+
+
 def small_product_launch(
     M: int, N: int, K: int, element_size: int, blocksize: int, nested_blocksize: int, programs: int, splits: int
 ) -> SmallProductLaunch:
@@ -194,9 +211,22 @@ def small_product_launch(
 
 
 @functools.lru_cache(maxsize=4096)
-def finish_constants(M: int, element_size: int, R: int, has_bias: bool, gate_per_row: bool) -> dict[str, Any]:
-    """The constants of `finish_product_kernel`."""
-    return {
+def prepare_finish(
+    M: int,
+    N: int,
+    R: int,
+    element_size: int,
+    splits: int,
+    strides: tuple[int, int, int, int],
+    rows_per_sequence: int,
+    rank_per_expert: int,
+    scaling: float,
+    has_bias: bool,
+    gate_per_row: bool,
+) -> Callable[..., None]:
+    """The launch of `finish_product_kernel`; strides from row to row of h, lora_B, gates and y."""
+    numbers = (M, N, R, splits, M * N, *strides, rows_per_sequence, rank_per_expert, scaling)
+    constants = {
         "HAS_BIAS": has_bias,
         "HAS_LORA": R > 0,
         "GATE_PER_ROW": gate_per_row,
@@ -208,6 +238,7 @@ def finish_constants(M: int, element_size: int, R: int, has_bias: bool, gate_per
         "num_stages": 1,
         "enable_fp_fusion": True,
     }
+    return prepare(finish_product_kernel, (cdiv(N, FINISH_COLUMNS),), numbers, constants)
 
 
 def small_linear_4bit(
@@ -251,43 +282,15 @@ def small_linear_4bit(
         return y
     element_size = x.element_size()
     programs = programs_wanted(x.device)
-    launch = small_product_launch(M, N, K, element_size, blocksize, nested_blocksize, programs, splits)
-    parts = torch.empty(launch.splits, M, N, dtype=torch.float32, device=x.device)
-    small_product_kernel[launch.grid](
-        x,
-        data,
-        *unpack_statistics(statistics),
-        parts,
-        M,
-        N,
-        K,
-        N * K,
-        x.stride(0),
-        launch.blocks_per_split,
-        **launch.constants,
-    )
+    shape = (M, N, K, element_size, blocksize, nested_blocksize)
+    launch, splits = prepare_small_product(*shape, programs, splits, x.stride(0))
+    parts = torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
+    launch(x, data, *unpack_statistics(statistics), parts)
     R = 0 if h is None else h.shape[1]
     rank_per_expert = 1 if gates is None or R == 0 else R // gates.shape[1]
-    finish_product_kernel[(cdiv(N, FINISH_COLUMNS),)](
-        parts,
-        bias,
-        h,
-        lora_B,
-        gates,
-        modality_ids,
-        y,
-        M,
-        N,
-        R,
-        launch.splits,
-        M * N,
-        row_stride(h),
-        row_stride(lora_B),
-        row_stride(gates),
-        y.stride(0),
-        rows_per_sequence,
-        rank_per_expert,
-        scaling,
-        **finish_constants(M, element_size, R, bias is not None, gates_are_per_row(gates, modality_ids)),
-    )
+    strides = row_stride(h), row_stride(lora_B), row_stride(gates), y.stride(0)
+    rows = (rows_per_sequence, rank_per_expert, scaling)
+    kinds = (bias is not None, gates_are_per_row(gates, modality_ids))
+    finish = prepare_finish(M, N, R, element_size, splits, strides, *rows, *kinds)
+    finish(parts, bias, h, lora_B, gates, modality_ids, y)
     return y

@@ -20,10 +20,15 @@ _HOME_OF_NAME = {
     "CMSALoss": "sda_fast.losses.modules",
     "InfoNCELoss": "sda_fast.losses.modules",
     "cached_contrastive_step": "sda_fast.losses.cached",
+    "CachedContrastiveStep": "sda_fast.losses.chunking",
+    "gather_embeddings": "sda_fast.losses.distributed",
+    "sharded_cmsa_loss": "sda_fast.losses.distributed",
+    "sum_gradients": "sda_fast.losses.distributed",
 }
 
 __all__ = [
     "CMSALoss",
+    "CachedContrastiveStep",
     "InfoNCELoss",
     "MoDAConfig",
     "MoDALinear",
@@ -31,15 +36,20 @@ __all__ = [
     "adapt_model",
     "cached_contrastive_step",
     "cmsa_loss",
+    "gather_embeddings",
     "infonce_loss",
     "load_adapter",
     "moda_linear",
     "modality",
     "save_adapter",
+    "sharded_cmsa_loss",
+    "sum_gradients",
 ]
 
 if TYPE_CHECKING:
     from sda_fast.losses.cached import cached_contrastive_step
+    from sda_fast.losses.chunking import CachedContrastiveStep
+    from sda_fast.losses.distributed import gather_embeddings, sharded_cmsa_loss, sum_gradients
     from sda_fast.losses.modules import CMSALoss, InfoNCELoss
     from sda_fast.moda.config import MoDAConfig
     from sda_fast.moda.context import modality

@@ -25,6 +25,16 @@ MODULES = {
     "finetune": ("finetune_bench", "finetune_tables"),
 }
 
+# The options that not every job reads, by who reads them.
+OPTIONS = {
+    "--what layer": ("what", "quick", "layers", "methods", "compile_cases", "measure", "page"),
+    "--what nf4": ("what", "quick", "measure", "page"),
+    "--what cmsa": ("what", "quick", "methods", "items", "dimensions", "measure", "page"),
+    "--what cached": ("what", "quick", "items", "measure", "page"),
+    "--what finetune": ("what", "methods", "items", "steps", "plan", "measure", "page"),
+    "--tune": ("quick", "shapes"),
+}
+
 SECONDS = {"layer": 4.0, "nf4": 2.0, "cmsa": 2.0, "cached": 2.0, "finetune": 15.0}
 
 
@@ -44,8 +54,10 @@ class BenchConfig:
     )
     quick: bool = setting(True, "the short table of cases; --no-quick measures the whole one")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to measure; auto takes a GPU if there is one")
-    layers: tuple[str, ...] = setting((), "only these layers: q, up, down, k (of Qwen2.5-VL-7B), medium or small")
-    methods: tuple[str, ...] = setting((), 'only these methods, for example MoDA "frozen layer" "PEFT LoRA"')
+    layers: tuple[str, ...] = setting((), "layer: only these, q, up, down, k (of Qwen2.5-VL-7B), medium or small")
+    methods: tuple[str, ...] = setting(
+        (), 'layer, cmsa, finetune: only these methods, for example MoDA "frozen layer" "PEFT LoRA"'
+    )
     items: tuple[int, ...] = setting((), "cmsa, cached: only these batch sizes; finetune: the one")
     steps: int | None = setting(None, "finetune: steps of the main run (default: 50, on a CPU 4)")
     dimensions: tuple[int, ...] = setting((), "cmsa: only vectors of these lengths")
@@ -56,7 +68,7 @@ class BenchConfig:
         "that a method's steps take, three times that for the main run (default: 15)",
     )
     compile_cases: int | None = setting(
-        None, "compile the baseline under torch.compile for so many cases (default: all)"
+        None, "layer: compile the baseline under torch.compile for so many cases (default: all)"
     )
     plan: bool = setting(
         True,
@@ -80,12 +92,26 @@ class BenchConfig:
     invocation: str = field(default="run_bench(BenchConfig(...))", metadata={"hidden": True})
 
     def __post_init__(self) -> None:
+        self.check_options()
         if self.seconds is None:
             self.seconds = 0.5 if self.tune else SECONDS[self.what]
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.seconds <= 0 or self.limit < 0:
             raise ValueError(f"seconds must be positive and limit not negative, got {self.seconds} and {self.limit}")
+
+    def check_options(self) -> None:
+        """Refuse what would be ignored.
+
+        Raises:
+            ValueError: an option was given that this job does not read.
+        """
+        job = "--tune" if self.tune else f"--what {self.what}"
+        for option in dataclasses.fields(self):
+            readers = [reader for reader, names in OPTIONS.items() if option.name in names]
+            if readers and job not in readers and getattr(self, option.name) != option.default:
+                name = option.name.replace("_", "-")
+                raise ValueError(f"--{name} means nothing with {job}, only with {', '.join(readers)}")
 
 
 def bench_folder() -> Path:

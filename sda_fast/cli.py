@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -102,8 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == wanted:
             add_config_arguments(subparser, getattr(importlib.import_module(command.module), command.config))
     arguments = parser.parse_args(words)
+    # torchrun and accelerate launch number the processes that they start
+    first_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
-        level=logging.WARNING if arguments.quiet else logging.INFO, format="%(levelname)s %(name)s: %(message)s"
+        level=logging.INFO if first_process and not arguments.quiet else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     command = COMMANDS[arguments.command]
@@ -121,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sda-fast {arguments.command}: {error}", file=sys.stderr)
         return 2
-    if result is not None:
+    if result is not None and first_process:
         print(result)
     return 0
 

@@ -29,7 +29,7 @@ from sda_fast.jobs.train_config import FinetuneConfig, preset
 from sda_fast.jobs.train_state import TrainingState, build_state
 from sda_fast.jobs.train_step import (
     ContrastiveStep,
-    fitting_chunk_size,
+    agreed_chunk_size,
     loss_across_processes,
     training_mode,
 )
@@ -192,7 +192,7 @@ def _train(
             compiled_layers(decoder) if config.compile else nullcontext(),
         ):
             if config.chunk_size == "auto" and state.step == 0:
-                state.chunk_size = fitting_chunk_size(contrastive_step, maker, catalogue.items, mine.stop - mine.start)
+                state.chunk_size = agreed_chunk_size(contrastive_step, maker, catalogue.items, mine.stop - mine.start)
                 logger.info("chunk size: %s", state.chunk_size or "the whole batch")
             while state.step < total_steps:
                 started = time.perf_counter()
@@ -242,20 +242,26 @@ def _train(
 def _forward_backward(
     state: TrainingState, prefetcher: Prefetcher, contrastive_step: ContrastiveStep, batch_size: int
 ) -> tuple[Batch, float]:
-    """Gradients and loss of the batch of the current step; where memory runs out, in chunks half the size."""
+    """Gradients and loss of the batch of the current step; where memory runs out, in chunks half the size.
+
+    All processes have one chunk size, the one that a checkpoint holds: if memory runs out on one, all take half of it.
+    """
+    processes = state.accelerator.num_processes
+    largest_share = -(-batch_size // processes)
     while True:
         batch = prefetcher.get(state.step, state.chunk_size)
         random_state = RandomState.now()
         try:
             loss = contrastive_step(batch)
-            sum_gradients(state.parameters)
-            return batch, float(loss)
         except (RuntimeError, MemoryError) as error:
-            size = min(state.chunk_size or batch_size, batch_size)
+            size = min(state.chunk_size or largest_share, largest_share)
             # Without chunks the other processes wait in a collective operation and cannot be told to start again.
-            alone = state.accelerator.num_processes > 1 and batch.chunk_size is None
+            alone = processes > 1 and batch.chunk_size is None
             if not is_out_of_memory(error) or size == 1 or alone:
                 raise
+        else:
+            sum_gradients(state.parameters)
+            return batch, float(loss)
         state.chunk_size = (size + 1) // 2
         logger.warning("out of memory at step %d; going on with chunks of %d items", state.step + 1, state.chunk_size)
         state.optimizer.zero_grad(set_to_none=True)

@@ -1,13 +1,15 @@
 """Measure every way of computing an adapted layer on the device at hand, and write the table that `measured` reads.
 
 `sda-fast bench --tune` calls `run`. Ways of one shape take turns; one whose result is off by more than rounding has no
-time, and a shape that the time ran out for is named. The file is written at the end, whole or not at all.
+time, and a shape that the time ran out for is named. The file is written at the end, whole or not at all; what an
+earlier run measured and this one did not stays in it.
 """
 
 from __future__ import annotations
 
 import datetime
 import importlib.util
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -92,8 +94,11 @@ def shapes_from(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
 
 
 def cases(device: str, *, quick: bool, shapes: Sequence[tuple[int, int]] = (), four_bit: bool = True) -> list[Case]:
-    """What is measured on "cpu" or "cuda", the short table or the long one, for the usual layers or those given."""
-    table = []
+    """What is measured on "cpu" or "cuda", the short table or the long one, for the usual layers or those given.
+
+    Few rows of all layers come before more rows of any: where the time runs out, it does so for all layers alike.
+    """
+    table: list[Case] = []
     weights = ("float", "nf4") if four_bit else ("float",)
     if device == "cpu":
         for N, K in shapes or (CPU_QUICK if quick else CPU_FULL):
@@ -102,7 +107,7 @@ def cases(device: str, *, quick: bool, shapes: Sequence[tuple[int, int]] = (), f
                 many = (max(1, round(a * N * K / (N + K))) for a in CPU_RATIOS[not quick])
                 rows = [M for M in dict.fromkeys((*few, *many)) if M in few or 2 * M * N * K <= CPU_OPERATIONS]
                 table += [Case(fold_regimes.DECISION, dtype, weight, M, N, K) for M in rows]
-        return table
+        return sorted(table, key=lambda case: case.rows)
     for N, K in shapes or (GPU_QUICK if quick else GPU_FULL):
         for M in GPU_ROWS[not quick]:
             if four_bit and M <= LARGEST_SMALL_M:
@@ -113,11 +118,11 @@ def cases(device: str, *, quick: bool, shapes: Sequence[tuple[int, int]] = (), f
                 ranks = (RANK,) if quick else (RANK, 64)
                 decisions = (regimes.DECISION, regimes.DECISION_ON_DX)
                 table += [Case(decision, torch.bfloat16, "any", M, N, K, r) for decision in decisions for r in ranks]
-    return table
+    return sorted(table, key=lambda case: case.rows)
 
 
 def run(config: Any, device: torch.device) -> str:
-    """Measure the cases, write the table, and return what was chosen; see `BenchConfig`.
+    """Measure the cases, write them into the table, and return what was chosen; see `BenchConfig`.
 
     Raises:
         ValueError: there is nowhere to write, or a shape is not one.
@@ -143,19 +148,50 @@ def run(config: Any, device: torch.device) -> str:
                 not_measured(case, "out of time") if late else measure_case(case, device, config.seconds, records)
             )
     path = measured.table_path(folder, chip)
+    shown = [*map(line_of, records), ""]
+    if not any(record["microseconds"] for record in records):
+        logger.warning("nothing was measured; the table %s is as it was", path)
+        return "\n".join([*shown, f"nothing was measured; the table {path} is as it was"])
     described = {
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
         "command": config.invocation,
         "timer": TIMERS[device.type],
     }
-    write_json_atomic(path, measured.document_of(chip, records, **described))
+    write_json_atomic(path, measured.document_of(chip, merged(earlier_records(path, chip), records), **described))
     measured.forget()
-    return "\n".join([*map(line_of, records), "", where_it_counts(path, config.output)])
+    return "\n".join([*shown, where_it_counts(path, config.output)])
+
+
+def earlier_records(path: Path, chip: str) -> list[Record]:
+    """What the table in a file has measured, every line with its date; nothing where that is not a table of `chip`."""
+    table = measured.read_table_of(chip, path)
+    if table is None:
+        return []
+    document = json.loads(path.read_text(encoding="utf-8"))
+    dated = [{"date": document.get("date", "unknown"), **record} for record in document["records"]]
+    return [record for record in dated if record["microseconds"]]
+
+
+def merged(earlier: Sequence[Record], records: Sequence[Record]) -> list[Record]:
+    """The records, and those of earlier ones that were not measured again."""
+    measured_again = {question_of(record) for record in records if not was_left_out(record)}
+    kept = [record for record in earlier if question_of(record) not in measured_again]
+    answered = {question_of(record) for record in kept}
+    return kept + [record for record in records if question_of(record) not in answered]
+
+
+def question_of(record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("decision", "dtype", "weight", "M", "N", "K", "r"))
 
 
 def not_measured(case: Case, reason: str) -> Record:
     return {**case.described(), "microseconds": {}, "refused": {"all": f"not measured, {reason}"}}
+
+
+def was_left_out(record: Record) -> bool:
+    """Whether none of its ways was tried."""
+    return "all" in record.get("refused", {})
 
 
 def measure_case(case: Case, device: torch.device, seconds: float, before: Sequence[Record] = ()) -> Record:

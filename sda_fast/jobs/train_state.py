@@ -170,8 +170,17 @@ def state_of(config: FinetuneConfig, lvlm: LVLM, accelerator: Accelerator) -> Tr
 
 
 def chosen_device(wanted: str | None, accelerator: Accelerator) -> torch.device:
-    """The wanted device, else this process's; a GPU becomes the current one, whose random state checkpoints hold."""
+    """The wanted device, else this process's; a GPU becomes the current one, whose random state checkpoints hold.
+
+    Raises:
+        ValueError: a device by its number, for several processes.
+    """
     device = torch.device(wanted) if wanted else accelerator.device
+    if wanted and device.index is not None and accelerator.num_processes > 1:
+        processes = f"{accelerator.num_processes} processes, each with a device of its own"
+        raise ValueError(f"device is {device} but there are {processes}; give {device.type}, or nothing")
+    if device.index is None and device.type == accelerator.device.type:
+        device = accelerator.device
     if device.type == "cuda":
         torch.cuda.set_device(device if device.index is not None else torch.device("cuda", 0))
     return device

@@ -13,8 +13,14 @@ from torch import Tensor
 from sda_fast.data.items import Item
 from sda_fast.jobs.batches import Batch, BatchMaker, Chunk, image_area
 from sda_fast.jobs.features import Tower
-from sda_fast.losses.cached import LossFunction, RandomState, cached_contrastive_step, is_out_of_memory
-from sda_fast.losses.distributed import sharded_cmsa_loss
+from sda_fast.losses.cached import (
+    LossFunction,
+    RandomState,
+    cached_contrastive_step,
+    failing_together,
+    is_out_of_memory,
+)
+from sda_fast.losses.distributed import gather_integers, sharded_cmsa_loss
 from sda_fast.losses.modules import CMSALoss, InfoNCELoss
 from sda_fast.lvlm.encode import encode, reduce_buckets
 from sda_fast.lvlm.load import LVLM
@@ -46,7 +52,8 @@ class ContrastiveStep:
         def loss_in_batch_order(images: Tensor, texts: Tensor) -> Tensor:
             return self.loss(batch.images.in_batch_order(images), batch.texts.in_batch_order(texts))
 
-        self.tower.complete(batch.images.chunks)
+        with failing_together(self.across_ranks and batch.chunk_size is not None):
+            self.tower.complete(batch.images.chunks)
         if batch.chunk_size is not None:
             return cached_contrastive_step(
                 self.encode,
@@ -135,3 +142,18 @@ def fitting_chunk_size(step: ContrastiveStep, maker: BatchMaker, items: Sequence
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size = (size + 1) // 2
+
+
+def agreed_chunk_size(step: ContrastiveStep, maker: BatchMaker, items: Sequence[Item], share: int) -> int | None:
+    """`fitting_chunk_size` of this process's share of a batch, the smallest over the processes; None if all say None.
+
+    All must encode in chunks or none: their collective operations differ. And it is one size because a checkpoint holds
+    one.
+    """
+    with failing_together(step.across_ranks):
+        size = fitting_chunk_size(step, maker, items, share)
+    if not step.across_ranks:
+        return size
+    # A share that fits whole is no smaller than a size that is less than a share: they differ by one item at most.
+    sizes = [size for size in gather_integers(size or 0, step.lvlm.device) if size]
+    return min(sizes, default=None)

@@ -41,13 +41,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(words in str(error) for words in ("DefaultCPUAllocator", "can't allocate memory"))
 
 
+def on_any_rank(happened: bool) -> bool:
+    """Whether it happened on any rank of the default process group; every rank must ask."""
+    if not dist.is_initialized():
+        return happened
+    flag = torch.tensor(happened, dtype=torch.int32, device="cuda" if torch.cuda.is_initialized() else "cpu")
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
 @contextlib.contextmanager
-def _failing_together(across_ranks: bool, device: torch.device | None) -> Iterator[None]:
+def failing_together(across_ranks: bool) -> Iterator[None]:
     """Where one rank's memory runs out in the block, every rank leaves it with an error that `is_out_of_memory`.
 
     Nothing in the block may wait for another rank. Any other error is raised at once.
     """
-    if not across_ranks:
+    if not (across_ranks and dist.is_initialized()):
         yield
         return
     failure: BaseException | None = None
@@ -57,11 +66,10 @@ def _failing_together(across_ranks: bool, device: torch.device | None) -> Iterat
         if not is_out_of_memory(error):
             raise
         failure = error
-    failed = torch.tensor(failure is not None, dtype=torch.int32, device=device)
-    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    failed = on_any_rank(failure is not None)
     if failure is not None:
         raise failure
-    if failed.item():
+    if failed:
         raise OutOfMemoryOnAnotherRank("another rank ran out of memory in this step")
 
 
@@ -116,7 +124,7 @@ def cached_contrastive_step(
     Raises:
         ValueError: no chunks, or the two sides have different numbers of items.
         OutOfMemoryOnAnotherRank: with `across_ranks`, another rank ran out of memory while encoding.
-        RuntimeError: with `across_ranks`, memory ran out in `loss_fn`, where other ranks cannot be told.
+        RuntimeError: memory ran out in `loss_fn`, which smaller chunks do not change.
     """
     sides = (("image", list(image_chunks)), ("text", list(text_chunks)))
     for modality, chunks in sides:
@@ -126,9 +134,7 @@ def cached_contrastive_step(
     states: dict[str, list[RandomState]] = {}
     sizes: dict[str, list[int]] = {}
     vectors: list[Tensor] = []
-    across_ranks = across_ranks and dist.is_initialized()
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
-    with _failing_together(across_ranks, device), torch.no_grad():
+    with failing_together(across_ranks), torch.no_grad():
         for modality, chunks in sides:
             states[modality], pieces = [], []
             for chunk in chunks:
@@ -149,12 +155,12 @@ def cached_contrastive_step(
             else:
                 backward(loss)
     except (RuntimeError, MemoryError) as error:
-        if across_ranks and is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise RuntimeError("memory ran out in the loss, not in a chunk: no smaller chunk would help") from error
         raise
     state_after = RandomState.now()
 
-    with _failing_together(across_ranks, device):
+    with failing_together(across_ranks):
         for (modality, chunks), side in zip(sides, (images, texts), strict=True):
             if side.grad is None:
                 continue

@@ -17,7 +17,9 @@ from sda_fast.losses.cached import (
     OutOfMemoryOnAnotherRank,
     RandomState,
     cached_contrastive_step,
+    failing_together,
     is_out_of_memory,
+    on_any_rank,
 )
 
 logger = logging.getLogger(__name__)
@@ -32,24 +34,45 @@ def split_batch(batch: Any, chunk_size: int) -> list[Any]:
         batch: a tensor (cut along its first dimension), a mapping whose values are all cut alike, or a sequence.
         chunk_size: items per chunk.
 
+    Returns:
+        The chunks; a batch without items is one chunk without items.
+
     Raises:
-        TypeError: the batch is none of these.
+        TypeError, ValueError: as in `batch_length`.
     """
+    length = batch_length(batch)
     if isinstance(batch, Tensor):
         return list(batch.split(chunk_size))
     if isinstance(batch, Mapping):
         columns = {name: split_batch(values, chunk_size) for name, values in batch.items()}
         return [dict(zip(columns, pieces, strict=True)) for pieces in zip(*columns.values(), strict=True)]
-    if isinstance(batch, Sequence):
-        return [batch[start : start + chunk_size] for start in range(0, len(batch), chunk_size)]
-    raise TypeError(f"a batch must be a tensor, a mapping or a sequence, got {type(batch).__name__}")
+    return [batch[start : start + chunk_size] for start in range(0, max(1, length), chunk_size)]
 
 
 def batch_length(batch: Any) -> int:
-    """How many items a batch that `split_batch` can cut holds."""
+    """How many items a batch that `split_batch` can cut holds.
+
+    Raises:
+        TypeError: the batch, or a value of a mapping, is no tensor with rows, mapping or sequence.
+        ValueError: a mapping is empty, or its values have different lengths.
+    """
     if isinstance(batch, Mapping):
-        return batch_length(next(iter(batch.values())))
-    return len(batch)
+        if not batch:
+            raise ValueError("a batch must hold at least one column, got an empty mapping")
+        lengths = {}
+        for name, values in batch.items():
+            try:
+                lengths[name] = batch_length(values)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"column {name!r}: {error}") from error
+        if len(set(lengths.values())) > 1:
+            named = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+            raise ValueError(f"the columns of a batch must have the same length, got {named}")
+        return next(iter(lengths.values()))
+    if isinstance(batch, Sequence) or (isinstance(batch, Tensor) and batch.dim() > 0):
+        return len(batch)
+    came = "a tensor without dimensions" if isinstance(batch, Tensor) else type(batch).__name__
+    raise TypeError(f"a batch must be a tensor with a row per item, a mapping or a sequence, got {came}")
 
 
 def free_memory(device: torch.device) -> int:
@@ -75,13 +98,17 @@ class CachedContrastiveStep:
         encode: (chunk, "image" or "text") -> [b, D], as in `cached_contrastive_step`.
         loss_fn: ([B, D], [B, D]) -> scalar.
         parameters: all whose gradients the step adds to (the encoder's and the loss's); needed to undo half a step.
-        chunk_size: items per chunk, or "auto": measured at the first call from the memory that one item's forward and
-            backward pass takes and `FREE_MEMORY_SHARE` of the memory that is free.
+        chunk_size: items per chunk, or "auto": measured at the first batch of two items or more from the memory that
+            an item's forward and backward pass takes and `FREE_MEMORY_SHARE` of the memory that is free.
         backward, across_ranks: as in `cached_contrastive_step`.
 
-    When memory runs out the gradients and the random state are put back, the chunk size is halved for good, a warning
-    is logged and the step starts anew; with chunks of one item the error is raised. The attribute `chunk_size` holds
-    the size in use. With `across_ranks` every rank starts anew and only the one that ran out takes smaller chunks.
+    When memory runs out in `encode` the gradients and the random state are put back, the chunk size is halved for good,
+    a warning is logged and the step starts anew; with chunks of one item the error is raised. The attribute
+    `chunk_size` holds the size in use. With `across_ranks` each rank has its own size: all start anew and only the one
+    that ran out takes smaller chunks; where that one cannot, all raise.
+
+    Raises:
+        ValueError: chunk_size is neither "auto" nor a positive integer.
     """
 
     def __init__(
@@ -94,8 +121,8 @@ class CachedContrastiveStep:
         backward: Callable[[Tensor], None] | None = None,
         across_ranks: bool = False,
     ) -> None:
-        if chunk_size != "auto" and chunk_size < 1:
-            raise ValueError(f"chunk_size must be 'auto' or positive, got {chunk_size}")
+        if chunk_size != "auto" and not (isinstance(chunk_size, int) and chunk_size >= 1):
+            raise ValueError(f"chunk_size must be 'auto' or a positive integer, got {chunk_size!r}")
         self.encode, self.loss_fn, self.backward, self.across_ranks = encode, loss_fn, backward, across_ranks
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.chunk_size: int | Literal["auto"] = chunk_size
@@ -111,30 +138,32 @@ class CachedContrastiveStep:
             The loss, detached.
 
         Raises:
-            torch.OutOfMemoryError, MemoryError or RuntimeError: memory runs out even with chunks of one item.
+            torch.OutOfMemoryError, MemoryError or RuntimeError: memory runs out even with chunks of one item, or in
+                `loss_fn`.
+            OutOfMemoryOnAnotherRank: with `across_ranks`, another rank's memory does.
+            TypeError, ValueError: a side of the batch cannot be cut, as in `batch_length`.
         """
-        size = min(self._size(images, texts), batch_length(images))
+        length = max(1, batch_length(images))
+        with failing_together(self.across_ranks):
+            size = min(self._size(images, texts), length)
         while True:
+            chunks = split_batch(images, size), split_batch(texts, size)
             before = RandomState.now()
             # gradients from before the step are set aside: adding to them in place could not be undone
             earlier = self._take_gradients()
             try:
                 loss = cached_contrastive_step(
-                    self.encode,
-                    split_batch(images, size),
-                    split_batch(texts, size),
-                    self.loss_fn,
-                    backward=self.backward,
-                    across_ranks=self.across_ranks,
+                    self.encode, *chunks, self.loss_fn, backward=self.backward, across_ranks=self.across_ranks
                 )
-            except OutOfMemoryOnAnotherRank:
+            except BaseException as error:
                 self._put_gradients(earlier, add=False)
-                failure = None
-            except (RuntimeError, MemoryError) as error:
-                self._put_gradients(earlier, add=False)
-                if size == 1 or not is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+                here = not isinstance(error, OutOfMemoryOnAnotherRank)
+                stuck = here and size == 1
+                if on_any_rank(stuck) if self.across_ranks else stuck:
+                    raise
+                failure = _first_line(error) if here else None
             else:
                 self._put_gradients(earlier, add=True)
                 return loss
@@ -161,13 +190,22 @@ class CachedContrastiveStep:
                 parameter.grad = gradient
 
     def _size(self, images: Any, texts: Any) -> int:
-        if self.chunk_size == "auto":
-            before, earlier = RandomState.now(), self._take_gradients()
+        if self.chunk_size != "auto":
+            return self.chunk_size
+        if batch_length(images) < 2:
+            return 1
+        before, earlier = RandomState.now(), self._take_gradients()
+        try:
             self.chunk_size = choose_chunk_size(self.encode, images, texts)
+        finally:
             self._put_gradients(earlier, add=False)
             before.restore()
-            logger.info("chunks of %d items", self.chunk_size)
+        logger.info("chunks of %d items", self.chunk_size)
         return self.chunk_size
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def choose_chunk_size(encode: Encode, images: Any, texts: Any, *, free_bytes: int | None = None) -> int:
@@ -182,15 +220,26 @@ def choose_chunk_size(encode: Encode, images: Any, texts: Any, *, free_bytes: in
         free_bytes: taken as the free memory; asked of the device if None.
 
     Returns:
-        Items per chunk, from 1 to the batch's length.
+        Items per chunk, from 1 to the batch's length; 1 if memory runs out with two.
+
+    Raises:
+        torch.OutOfMemoryError, MemoryError or RuntimeError: memory runs out with one item.
     """
     needed = 1
     device = torch.device("cpu")
     for batch, modality in ((images, "image"), (texts, "text")):
         if batch_length(batch) < 2:
             return 1
-        one, device = _bytes_for_step(encode, split_batch(batch, 1)[0], modality)
-        two, device = _bytes_for_step(encode, split_batch(batch, 2)[0], modality)
+        first = split_batch(batch, 1)[0]
+        # once more than is measured: the first pass also allocates the parameters' gradients
+        _bytes_for_step(encode, first, modality)
+        one, device = _bytes_for_step(encode, first, modality)
+        try:
+            two, _ = _bytes_for_step(encode, split_batch(batch, 2)[0], modality)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return 1
         needed = max(needed, two - one)
     free = free_memory(device) if free_bytes is None else free_bytes
     return max(1, min(batch_length(images), int(FREE_MEMORY_SHARE * free / needed)))

@@ -36,12 +36,12 @@ from sda_fast.ops.cmsa_tiles import compute_dtype
 Group: TypeAlias = "dist.ProcessGroup | None"
 
 
-def gathered_sizes(count: int, device: torch.device, group: Group = None) -> list[int]:
-    """How many rows each rank has, in the order of ranks."""
-    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
-    sizes[dist.get_rank(group)] = count
-    dist.all_reduce(sizes, group=group)
-    return [int(size) for size in sizes.tolist()]
+def gather_integers(value: int, device: torch.device, group: Group = None) -> list[int]:
+    """Every rank's value, in the order of ranks."""
+    values = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+    values[dist.get_rank(group)] = value
+    dist.all_reduce(values, group=group)
+    return values.tolist()
 
 
 def gather_rows(rows: Tensor, sizes: list[int], group: Group = None) -> Tensor:
@@ -80,13 +80,13 @@ def gather_embeddings(embeddings: Tensor, group: Group = None) -> Tensor:
     """
     if not dist.is_initialized():
         return embeddings
-    return _Gather.apply(embeddings, gathered_sizes(len(embeddings), embeddings.device, group), group)
+    return _Gather.apply(embeddings, gather_integers(len(embeddings), embeddings.device, group), group)
 
 
 class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, temperature: Tensor, options: dict[str, Any], group: Group) -> Tensor:
-        sizes = gathered_sizes(len(x), x.device, group)
+        sizes = gather_integers(len(x), x.device, group)
         start = sum(sizes[: dist.get_rank(group)])
         own = (start, start + len(x))
         x_all, y_all = gather_rows(x, sizes, group), gather_rows(y, sizes, group)

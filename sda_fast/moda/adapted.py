@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sda_fast.ops import repacked
 from sda_fast.ops.fold_regimes import BITSANDBYTES, evaluation_way
 from sda_fast.ops.gates import GateParameters
-from sda_fast.ops.moda_linear import as_autocast, moda_linear_group
-from sda_fast.ops.quantized import is_4bit, layout_of, state_of
+from sda_fast.ops.moda_linear import as_autocast, as_one_id, check_dtype, check_width, moda_linear_group
+from sda_fast.ops.quantized import decode, describe_weight, is_4bit, layout_of, state_of, workspaces
+from sda_fast.ops.repacked import RepackedWeight
 
 if TYPE_CHECKING:
     from sda_fast.moda.fold import FoldedWeights
@@ -56,6 +57,7 @@ def apply_group(layers: Sequence[AdaptedLayer], x: Tensor, modality_ids: Tensor 
     From one operation; in evaluation without gradients and with one modality for all, that operation may fold, and
     layers that keep folded weights use them.
     """
+    modality_ids = as_one_id(modality_ids)
     may_fold = not torch.is_grad_enabled()
     for layer in layers:
         may_fold = may_fold and not layer.training
@@ -114,6 +116,8 @@ def keeps_folded(layer: AdaptedLayer, modality_id: int) -> bool:
 
 def apply_folded(layer: AdaptedLayer, x: Tensor, modality_id: int) -> Tensor:
     """The layer's output from the folded weight that it keeps."""
+    check_dtype(x)
+    check_width(x, layer.lora_A.shape[1])
     weight = layer.folded.get(layer, modality_id, x.dtype)
     bias: Tensor | None = layer.base_layer.bias  # type: ignore[assignment]
     return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -121,6 +125,17 @@ def apply_folded(layer: AdaptedLayer, x: Tensor, modality_id: int) -> Tensor:
 
 def apply_repacked(layer: AdaptedLayer, x: Tensor, modality_id: int) -> Tensor | None:
     """The layer's output by bitsandbytes' product from the repacked copy that it keeps, None if that is not the way."""
+    copy = repacked_copy(layer, x)
+    if copy is None:
+        return None
+    bias: Tensor | None = layer.base_layer.bias  # type: ignore[assignment]
+    lora_A, lora_B, gate_embedding, gate_proj = layer.adapter_tensors()
+    gates = layer.kept_gates.get(gate_embedding, gate_proj, modality_id)
+    return repacked.output_of(copy, x, bias, lora_A, lora_B, gates, layer.scaling)
+
+
+def repacked_copy(layer: AdaptedLayer, x: Tensor) -> RepackedWeight | None:
+    """The copy of the frozen weight that x is to be multiplied by, made if need be; None if that is not the way."""
     base = layer.base_layer
     copy = layer.repacked.valid(base.weight)  # type: ignore[arg-type]
     if copy is not None:
@@ -135,12 +150,27 @@ def apply_repacked(layer: AdaptedLayer, x: Tensor, modality_id: int) -> Tensor |
         return None
     if evaluation_way(x, layout, "torch", False, may_repack=True) is not BITSANDBYTES:
         return None
-    if copy is None:
-        copy = layer.repacked.make(weight)
+    return layer.repacked.make(weight) if copy is None else copy
+
+
+def apply_frozen(layer: AdaptedLayer, x: Tensor) -> Tensor:
+    """The frozen layer's output alone, its weight left as it is.
+
+    In evaluation on a CPU bitsandbytes would repack a 4-bit weight in place, which rounds its scales for good.
+    """
+    base = layer.base_layer
+    repacks = x.is_cpu and is_4bit(base.weight) and not base.training and not x.requires_grad  # type: ignore[arg-type]
+    if torch.compiler.is_compiling() or not repacks:
+        return base(x)
+    x = as_autocast(x)
+    check_dtype(x)
     bias: Tensor | None = base.bias  # type: ignore[assignment]
-    lora_A, lora_B, gate_embedding, gate_proj = layer.adapter_tensors()
-    gates = layer.kept_gates.get(gate_embedding, gate_proj, modality_id)
-    return repacked.output_of(copy, x, bias, lora_A, lora_B, gates, layer.scaling)
+    bias = None if bias is None else bias.to(x.dtype)
+    copy = repacked_copy(layer, x) if layer.keep_repacked else None
+    if copy is not None:
+        return repacked.frozen_output_of(copy, x, bias)
+    with workspaces.guard(x.device):
+        return nn.functional.linear(x, decode(*describe_weight(frozen_weight(base)), x.dtype), bias)
 
 
 def frozen_weight(base_layer: nn.Module) -> Tensor:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sda_fast.ops.moda_linear import as_one_id
+
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
@@ -187,6 +189,7 @@ def outer_hooks() -> Hooks | None:
 
 def checked(which: Any) -> str | int | Tensor:
     """A name, an id, or an integer tensor."""
+    which = as_one_id(which)
     if isinstance(which, (str, int)) and not isinstance(which, bool):
         if isinstance(which, int) and which < 0:
             raise ValueError(f"a modality id must not be negative, got {which}")
@@ -199,4 +202,4 @@ def checked(which: Any) -> str | int | Tensor:
         raise TypeError(f"modality ids must be integers, got {which.dtype}")
     if which.device.type == "cpu" and not torch.compiler.is_compiling() and which.numel() and int(which.min()) < 0:
         raise ValueError(f"a modality id must not be negative, got {int(which.min())}")
-    return int(which) if which.dim() == 0 and which.device.type == "cpu" else which
+    return which

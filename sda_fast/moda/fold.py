@@ -5,8 +5,7 @@ Without this a layer in evaluation folds anew in every pass (docs/folding.md) an
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +17,12 @@ from sda_fast.ops import cuda_library
 from sda_fast.ops.folding import folded_weight
 from sda_fast.ops.kept_gates import KeptGates
 from sda_fast.ops.moda_group import resolve_backend
+from sda_fast.ops.moda_linear import as_one_id
 from sda_fast.ops.moda_torch import Member
 from sda_fast.ops.not_copied import NotCopied
-from sda_fast.ops.quantized import describe_weight
+from sda_fast.ops.quantized import describe_weight, is_4bit, state_of, statistics_of
 from sda_fast.ops.repacked import RepackedWeights
+from sda_fast.ops.watched import Watched
 
 
 class OptimizerSteps:
@@ -46,30 +47,6 @@ class OptimizerSteps:
 steps = OptimizerSteps()
 
 
-class Watched:
-    """A tensor as it was: the same object, on the same memory, not written to since."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        if tensor.is_inference():
-            raise RuntimeError(
-                f"a {tensor.dtype} {tuple(tensor.shape)} parameter was made under torch.inference_mode(), which does "
-                "not count changes; make the model outside of it, or do without cache_folded"
-            )
-        self.object = weakref.ref(tensor)
-        # Held, so that the allocator cannot give the same address to other values.
-        self.memory = tensor.data
-        self.version = tensor._version
-
-    def is_still(self, tensor: Tensor) -> bool:
-        return (
-            self.object() is tensor
-            and not tensor.is_inference()
-            and tensor._version == self.version
-            and tensor.data_ptr() == self.memory.data_ptr()
-            and tensor.dtype == self.memory.dtype
-        )
-
-
 class FoldedWeight:
     """One layer's folded weight for one modality, and what it was made of."""
 
@@ -77,20 +54,21 @@ class FoldedWeight:
         steps.start()
         self.dtype, self.scaling, self.steps = dtype, layer.scaling, steps.count
         self.weight = fold_layer(layer, modality_id, dtype)
-        self.sources = [Watched(tensor) for tensor in sources_of(layer)]
+        self.sources = Watched(sources_of(layer))
 
     def is_valid(self, layer: AdaptedLayer, dtype: torch.dtype) -> bool:
         return (
             self.dtype == dtype
             and self.scaling == layer.scaling
             and self.steps == steps.count
-            and all(w.is_still(tensor) for w, tensor in zip(self.sources, sources_of(layer), strict=True))
+            and self.sources.are_still(sources_of(layer))
         )
 
 
 def sources_of(layer: AdaptedLayer) -> list[Tensor]:
-    """What a folded weight is made of."""
-    return [frozen_weight(layer.base_layer), *layer.adapter_tensors()]
+    """What a folded weight is made of, the statistics of a 4-bit weight included."""
+    weight = frozen_weight(layer.base_layer)
+    return [weight, *(statistics_of(state_of(weight)) if is_4bit(weight) else ()), *layer.adapter_tensors()]
 
 
 def fold_layer(layer: AdaptedLayer, modality_id: int, dtype: torch.dtype) -> Tensor:
@@ -175,8 +153,9 @@ def fold_model(model: nn.Module, modality: str | int) -> None:
 
     Each layer folds in its first such pass, in the dtype of its input; passes of other modalities fold anew each time.
     Weights kept before are freed. Memory: one weight in the activations' dtype per adapted layer, so on a 4-bit model
-    about what the 16-bit model takes, on top. Changes of the adapter, by optimizers, loading or any operation that
-    PyTorch counts, are noticed; writing through a parameter's `.data` in place is not: call this again after it.
+    about what the 16-bit model takes, on top. Changes of the adapter and of the frozen weight with its quantisation
+    state, by optimizers, loading or any operation that PyTorch counts, are noticed; writing in place through `.data`
+    or `.detach().numpy()` is not: call this again after it.
 
     Args:
         model: adapted by `adapt_model` or by PEFT with MoDA.
@@ -184,13 +163,23 @@ def fold_model(model: nn.Module, modality: str | int) -> None:
     Raises:
         ValueError: the model has no adapted layer, or one does not know the modality.
     """
+    modality = as_one_id(modality)
     for layer in foldable_layers(model):
-        names, count = layer.modality_names, layer.gates().shape[0]  # type: ignore[operator]
-        if (modality not in names) if isinstance(modality, str) else not 0 <= modality < count:  # type: ignore[operator]
-            raise ValueError(f"modality {modality!r} is not among the adapter's {count} modalities {names}")
+        check_kept(modality, layer.modality_names, layer.gates().shape[0])  # type: ignore[operator, arg-type]
     unfold_model(model)
     for layer in foldable_layers(model):
         layer.cache_folded = modality
+
+
+def check_kept(modality: str | int, names: Sequence[str], count: int) -> None:
+    """Whether a layer with so many modalities, of which some have names, can be told to keep the weight of this one.
+
+    Raises:
+        ValueError: it is not one of them.
+    """
+    is_id = isinstance(modality, int) and not isinstance(modality, bool)
+    if not (0 <= modality < count if is_id else isinstance(modality, str) and modality in names):  # type: ignore[operator]
+        raise ValueError(f"modality {modality!r} is not among the adapter's {count} modalities {tuple(names)}")
 
 
 def unfold_model(model: nn.Module) -> None:

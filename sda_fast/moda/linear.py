@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sda_fast.moda.adapted import apply_group
 from sda_fast.moda.config import check_sizes
 from sda_fast.moda.context import current_modality
-from sda_fast.moda.fold import FoldableLayer
+from sda_fast.moda.fold import FoldableLayer, check_kept
 from sda_fast.moda.shared import SharedInput
 from sda_fast.ops.gates import GateParameters, moda_gates
 from sda_fast.ops.moda_group import BACKENDS
@@ -43,12 +43,12 @@ class MoDALinear(FoldableLayer):
         modality_names: names that `sda_fast.modality` may use; ("image", "text") for up to two modalities by default.
         adapter_dtype: float32 or bfloat16 (float64 for tests); x is never upcast to it.
         backend: "auto", "triton" or "torch", as in `moda_linear`.
-        cache_folded: keep folded weights between passes, see `FoldableLayer`; can be set later.
+        cache_folded: keep folded weights between passes, see `FoldableLayer`; `fold_model` sets it later.
         generator: a CPU generator for the initial values.
     Raises:
         TypeError: base_layer is neither kind of layer.
-        ValueError: sizes do not fit, there are more names than modalities, or adapter_dtype or backend is none of
-            these.
+        ValueError: sizes do not fit, there are more names than modalities, cache_folded is no modality, or
+            adapter_dtype or backend is none of these.
     """
 
     lora_A: nn.Parameter
@@ -97,6 +97,8 @@ class MoDALinear(FoldableLayer):
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.modality_names = tuple(modality_names)
         self.backend = backend
+        if not isinstance(cache_folded, bool):
+            check_kept(cache_folded, self.modality_names, num_modalities)
         self.cache_folded = cache_folded
         self.shared_input: SharedInput | None = None
         values = initial_values(

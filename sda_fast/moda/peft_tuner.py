@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from sda_fast.moda.adapted import apply_group
+from sda_fast.moda.adapted import apply_frozen, apply_group
 from sda_fast.moda.config import ALL_LINEAR, MoDAConfig, check_sizes
 from sda_fast.moda.context import current_modality
 from sda_fast.moda.fold import FoldableLayer
@@ -162,7 +162,7 @@ class MoDATunerLayer(FoldableLayer, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `MoDALinear.forward`; the frozen layer alone while adapters are disabled."""
         if self.active_name is None:
-            return self.base_layer(x, *args, **kwargs)
+            return apply_frozen(self, x)
         modality = current_modality()
         if self.shared_input is not None:
             y = self.shared_input.take(self, x, modality)

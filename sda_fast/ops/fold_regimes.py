@@ -6,13 +6,15 @@ weight's size is written. "bitsandbytes": its own 4-bit product, then the update
 codes that the layer keeps (`repacked`).
 
 What `sda-fast bench --tune` measured on this device decides (`measured`). Where it did not, a rule does: folding costs
-about as much as N * K elements' worth of work, the update beside the weight as much as rows * (N + K), so folding pays
-from `rows >= RATIO * N * K / (N + K)` on; where a kernel decodes a 4-bit weight anyway, folding is free of extra bytes
-and always chosen, the small product up to 64 rows. On a CPU bitsandbytes' product is taken up to 16 rows.
+about as much as N * K elements' worth of work, the update beside the weight as much as rows * (N + K) and, on a GPU,
+its launches, so folding pays from `rows * (N + K) + LAUNCHES >= RATIO * N * K` on. Few rows go another way: on a CPU
+bitsandbytes' product up to 16, on a GPU the CUDA library's small product up to 16 (where a weight is not so small that
+folding costs nothing), and without the library bitsandbytes' up to 4 where folding does not pay.
 
-The ratios were measured on: CPU, float32 and bfloat16 at rank 8 (bench/results/fold-amd-epyc-2-cores.json); float16 is
-taken to be as bfloat16, float64 as float32. The 16 rows: on two CPUs (bench/results/nf4-*.json). GPU: not measured; the
-ratio counts bytes (20 per weight element and fold, 4 N + 2 K per row otherwise, N = K).
+Measured on: CPU, float32 and bfloat16 at rank 8 (bench/results/fold-amd-epyc-2-cores.json); float16 is taken to be as
+bfloat16, float64 as float32. The 16 rows of a CPU: on two (bench/results/nf4-*.json). GPU: on one, an H200, bfloat16
+at rank 8 (bench/results/tuned/nvidia-h200.json); for every shape measured there the rule takes the fastest way, or one
+within 1 % of its time. Few rows were 1, 16 and 64.
 """
 
 from __future__ import annotations
@@ -33,9 +35,15 @@ What = Literal["fold", "unfold", "small product", "bitsandbytes"]
 DECISION = "evaluation"
 LARGEST_SMALL_M = 64
 LARGEST_REPACKED_M = 16
+# By rule; 64 rows were slower than folding, and without the library 16 slower than decoding.
+LARGEST_M_BY_LIBRARY, LARGEST_M_BY_BITSANDBYTES = 16, 4
+SMALLEST_PRODUCT_BY_LIBRARY = 1 << 22
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-# By device type and bytes per element of x.
-RATIOS = {("cpu", 2): 4.0, ("cpu", 4): 2.0, ("cpu", 8): 2.0, ("cuda", 2): 7.0, ("cuda", 4): 7.0, ("cuda", 8): 7.0}
+# On a CPU by bytes per element of x, on a GPU by who folds.
+CPU_RATIOS = {2: 4.0, 4: 2.0, 8: 2.0}
+GPU_RATIOS = {"library": 0.8, "triton": 5.0, "torch": 20.0}
+# Elements that the H200 folds or updates while it waits for the launches of an update.
+LAUNCHES = 2e7
 
 
 @dataclass(frozen=True)
@@ -169,11 +177,17 @@ def way_by_rule(
     device: torch.device, dtype: torch.dtype, rows: int, layout: WeightLayout, backend: str, ways: tuple[Way, ...]
 ) -> Way:
     """What is taken where nothing like it was measured."""
+    N, K = layout.out_features, layout.in_features
     if device.type == "cpu" and BITSANDBYTES in ways and rows <= LARGEST_REPACKED_M:
         return BITSANDBYTES
     by_library = Way("fold", by_library=True) in ways
+    if by_library and rows <= LARGEST_M_BY_LIBRARY and N * K > SMALLEST_PRODUCT_BY_LIBRARY:
+        return Way("small product", by_library=True)
     if by_library or (layout.quant_type != 0 and backend == "triton"):
-        return Way("small product" if rows <= LARGEST_SMALL_M else "fold", by_library)
-    N, K = layout.out_features, layout.in_features
-    pays = rows * (N + K) >= RATIOS[device.type, dtype.itemsize] * N * K
-    return Way("fold" if pays else "unfold")
+        pays = rows * (N + K) + LAUNCHES >= GPU_RATIOS["library" if by_library else "triton"] * N * K
+    else:
+        ratio = CPU_RATIOS[dtype.itemsize] if device.type == "cpu" else GPU_RATIOS["torch"]
+        pays = rows * (N + K) >= ratio * N * K
+    if pays:
+        return Way("fold", by_library)
+    return BITSANDBYTES if BITSANDBYTES in ways and rows <= LARGEST_M_BY_BITSANDBYTES else Way("unfold")

@@ -135,8 +135,8 @@ def moda_gates_backward_kernel(
             from sda_fast.kernels.gates import gates_backward_of_layers
 
             first, _ = first_and_lines(gate_embeddings[0], modality)
-            needed = {"needs_embedding": needs[0], "needs_proj": needs[1]}
-            kinds = [kind for kind in gates_backward_of_layers(*layers, first, **needed) if kind is not None]
+            both = gates_backward_of_layers(*layers, first, needs_embedding=needs[0], needs_proj=needs[1])
+            kinds = [kind for kind in both if kind is not None]
             wanted += [gradient for layer in zip(*kinds, strict=True) for gradient in layer]
         else:
             wanted += [one for layer in zip(*layers, strict=True) for one in gradients_of(*layer, modality, needs)]

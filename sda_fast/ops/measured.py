@@ -2,8 +2,8 @@
 
 A table is a JSON file of one device, written by `sda-fast bench --tune` into the user's cache folder (SDA_FAST_TUNED
 names another; empty means none) or, for devices that the authors measured, part of the package in `ops/tables`, copied
-from bench/results. The user's comes first. A table is read at the first question about its device and never at import,
-and it answers for the device it names and no other.
+from bench/results. The user's comes first, the packaged one answers where the user's has nothing alike. A table is read
+at the first question about its device and never at import, and it answers for the device it names and no other.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ FORMAT = 1
 PACKAGED_TABLES = Path(__file__).with_name("tables")
 # A layer whose outputs or inputs are more than this many times those of every measured one is not in the table.
 FARTHEST = 2.0
+# So is a number of rows this many times another: few rows and many go different ways.
+FARTHEST_ROWS = 4.0
+# More rows than tuning measures count as so many: the times of all ways grow with them alike.
+MOST_ROWS = 8192
+# Where nothing else was measured, what moves the same bytes stands in.
+STAND_INS = {"float16": "bfloat16", "fp4": "nf4"}
 Result = TypeVar("Result")
 depending: list[Any] = []
 
@@ -49,14 +55,18 @@ class Measurement:
     r: int
     microseconds: Mapping[str, float]
 
+    def is_of(self, decision: str, dtype: str, weight: str) -> bool:
+        return (self.decision, self.dtype) == (decision, dtype) and self.weight in (weight, "any")
+
     def distance(self, rows: int, out_features: int, in_features: int, r: int) -> tuple[float, float, float]:
         """How far a shape is: first the layer, then the rows, then the rank, in factors of two."""
         layer = abs(math.log2(self.out_features / out_features)) + abs(math.log2(self.in_features / in_features))
         return layer, abs(math.log2(self.rows / rows)), abs(math.log2(self.r / r))
 
-    def is_like(self, out_features: int, in_features: int) -> bool:
+    def is_like(self, rows: int, out_features: int, in_features: int) -> bool:
         ratios = self.out_features / out_features, self.in_features / in_features
-        return all(1 / FARTHEST <= ratio <= FARTHEST for ratio in ratios)
+        layer = all(1 / FARTHEST <= ratio <= FARTHEST for ratio in ratios)
+        return layer and 1 / FARTHEST_ROWS <= self.rows / rows <= FARTHEST_ROWS
 
 
 @dataclass(frozen=True)
@@ -70,18 +80,22 @@ class Table:
     def nearest(
         self, decision: str, dtype: str, weight: str, rows: int, out_features: int, in_features: int, r: int
     ) -> Measurement | None:
-        """The measurement nearest to a shape; None if no layer like it was measured."""
-        shape = rows, out_features, in_features, r
-        if min(shape) < 1:
+        """The measurement nearest to a shape; None if no layer like it was measured with about as many rows."""
+        if min(rows, out_features, in_features, r) < 1:
             return None
-        alike = [
-            line
-            for line in self.measurements
-            if (line.decision, line.dtype) == (decision, dtype)
-            and line.weight in (weight, "any")
-            and line.is_like(out_features, in_features)
-        ]
-        return min(alike, key=lambda line: line.distance(*shape), default=None)
+        shape = min(rows, MOST_ROWS), out_features, in_features, r
+        for kind in kinds_of(dtype, weight):
+            of_kind = [line for line in self.measurements if line.is_of(decision, *kind)]
+            alike = [line for line in of_kind if line.is_like(*shape[:3])]
+            if alike:
+                return min(alike, key=lambda line: line.distance(*shape))
+        return None
+
+
+def kinds_of(dtype: str, weight: str) -> list[tuple[str, str]]:
+    """A dtype and a kind of weight, then those that may stand in for them, nearest first."""
+    dtypes, weights = ([name, *filter(None, [STAND_INS.get(name)])] for name in (dtype, weight))
+    return [(one, other) for other in weights for one in dtypes]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,7 +113,7 @@ def fastest(
     must_have: str | None = None,
     same_layer: bool = False,
 ) -> str | None:
-    """The fastest of the `possible` ways in the nearest measurement on `device`.
+    """The fastest of the `possible` ways in the nearest measurement on `device`, by the first table that has one.
 
     Args:
         decision: what is to be chosen, such as "evaluation" or "update of y".
@@ -110,40 +124,43 @@ def fastest(
     Returns:
         None where nothing like it was measured, or fewer than two of the possible ways were.
     """
-    table = table_of(chip_name(device))
-    if table is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    line = table.nearest(decision, name, weight, rows, out_features, in_features, r)
-    if line and same_layer and (line.out_features, line.in_features) != (out_features, in_features):
-        return None
-    times = {way: time for way, time in line.microseconds.items() if way in possible} if line else {}
-    if must_have is not None and must_have not in times:
-        return None
-    return min(times, key=times.__getitem__) if len(times) > 1 else None
+    shape = decision, str(dtype).removeprefix("torch."), weight, rows, out_features, in_features, r
+    for table in tables_of(chip_name(device)):
+        line = table.nearest(*shape)
+        if line is None or (same_layer and (line.out_features, line.in_features) != (out_features, in_features)):
+            continue
+        times = {way: time for way, time in line.microseconds.items() if way in possible}
+        if len(times) > 1 and (must_have is None or must_have in times):
+            return min(times, key=times.__getitem__)
+    return None
 
 
 @functools.cache
-def table_of(device: str) -> Table | None:
-    """The user's table of a device, else the packaged one, else None; a file that cannot be read is passed over."""
-    folder = user_folder()
-    for path in (folder and table_path(folder, device), table_path(PACKAGED_TABLES, device)):
-        if path is None or not path.is_file():
-            continue
-        try:
-            table = read_table(path)
-        except (OSError, ValueError) as error:
-            logger.warning("the table of measured times %s is not used: %s", path, error)
-            continue
-        if table.device == device:
-            return table
+def tables_of(device: str) -> tuple[Table, ...]:
+    """The user's table of a device and the packaged one, where they are; a file that cannot be read is passed over."""
+    paths = [table_path(folder, device) for folder in (user_folder(), PACKAGED_TABLES) if folder is not None]
+    found = [read_table_of(device, path) for path in paths]
+    return tuple(table for table in found if table is not None)
+
+
+def read_table_of(device: str, path: Path) -> Table | None:
+    """The table in a file; None, and a warning, where that cannot be read or is another device's."""
+    if not path.is_file():
+        return None
+    try:
+        table = read_table(path)
+    except (OSError, ValueError) as error:
+        logger.warning("the table of measured times %s is not used: %s", path, error)
+        return None
+    if table.device != device:
         logger.warning("the table of measured times %s is of %s, not of %s", path, table.device, device)
-    return None
+        return None
+    return table
 
 
 def forget() -> None:
     """Read tables anew at the next question."""
-    for cleared in (table_of, fastest, *depending):
+    for cleared in (tables_of, fastest, *depending):
         cleared.cache_clear()
 
 

@@ -128,8 +128,8 @@ def runs_here_and_now() -> bool:
 
 def moda_group_kernel(
     x: Tensor,
-    frozen: list[Tensor],
-    adapters: list[Tensor],
+    frozen: Sequence[Tensor],
+    adapters: Sequence[Tensor],
     layouts: list[int],
     scalings: list[float],
     modality_ids: Tensor | None,
@@ -143,7 +143,7 @@ def moda_group_kernel(
 
 
 def moda_group_hidden_kernel(
-    x: Tensor, adapters: list[Tensor], dropout: float, seed: Tensor | None, backend: str
+    x: Tensor, adapters: Sequence[Tensor], dropout: float, seed: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`moda_group_hidden` on CPU and CUDA: all that `moda_group` keeps for backward."""
     with without_autocast(x.device):
@@ -158,8 +158,8 @@ def moda_group_hidden_kernel(
 def moda_group_outputs_kernel(
     x: Tensor,
     h: Tensor,
-    frozen: list[Tensor],
-    adapters: list[Tensor],
+    frozen: Sequence[Tensor],
+    adapters: Sequence[Tensor],
     layouts: list[int],
     scalings: list[float],
     modality_ids: Tensor | None,
@@ -180,8 +180,8 @@ def moda_group_backward_kernel(
     x: Tensor | None,
     h: Tensor | None,
     bits: Tensor | None,
-    frozen: list[Tensor],
-    adapters: list[Tensor],
+    frozen: Sequence[Tensor],
+    adapters: Sequence[Tensor],
     layouts: list[int],
     scalings: list[float],
     modality_ids: Tensor | None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from sda_fast.ops.moda_autograd import Tensors, moda_group
 from sda_fast.ops.moda_evaluate import moda_evaluate_kernel
 from sda_fast.ops.moda_group import layout_numbers, resolve_backend, runs_here_and_now
 from sda_fast.ops.quantized import describe_weight
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def moda_linear(
@@ -40,7 +44,7 @@ def moda_linear(
         lora_B: [N, R], stacked likewise in columns.
         gates: [num_modalities, E] after softmax; without modality_ids [rows, E] or [1, E], one line per row or for all.
         modality_ids: one per sequence ([B] for x [B, ..., K]) or one per token (x's shape without K), integers below
-            num_modalities; or one int for all. Ids on another device are moved to x's.
+            num_modalities; or one for all, an int, a NumPy integer or a tensor without dimensions. Moved to x's device.
         scaling: alpha / r.
         bias: [N] or None; frozen.
         dropout: probability of dropping an element of x on its way to A; 0 in evaluation.
@@ -50,8 +54,8 @@ def moda_linear(
     Returns:
         [..., N] in x's dtype. Differentiable once, in x, lora_A, lora_B and gates.
     Raises:
-        ValueError: shapes do not fit, an id is out of range (ids on a GPU are not checked), or a frozen part requires
-            grad.
+        ValueError: x has another dtype, shapes do not fit, an id is out of range (ids on a GPU are not checked), or a
+            frozen part requires grad.
         RuntimeError: backend="triton" cannot run here.
     """
     return moda_linear_group(
@@ -100,7 +104,8 @@ def moda_linear_group(
     Raises:
         As `moda_linear`.
     """
-    x = as_autocast(x)
+    x, modality_ids = as_autocast(x), as_one_id(modality_ids)
+    check_dtype(x)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     resolved = resolve_backend(backend, x)
@@ -113,7 +118,7 @@ def moda_linear_group(
         layout, data, statistics = describe_weight(weight)
         check_layer(x, layout.out_features, layout.in_features, A, B, shape)
         check_frozen(weight, bias, layout.out_features)
-        frozen += [data, *statistics] if bias is None else [data, *statistics, bias]
+        frozen += [data, *statistics] if bias is None else [data, *statistics, savable(bias)]
         layouts += layout_numbers(layout, bias is not None)
     lines = {1} if modality is not None else {shape[0] for shape in shapes}
     if ids is None:
@@ -189,6 +194,13 @@ def seed_tensor(x: Tensor, seed: Tensor | int | None) -> Tensor:
     return seed.reshape(1)
 
 
+def as_one_id(modality_ids: Any) -> Any:
+    """An id that came as a NumPy integer or an integer tensor without dimensions as an int; all else as it is."""
+    if isinstance(modality_ids, int) or getattr(modality_ids, "ndim", None) != 0:
+        return modality_ids
+    return operator.index(modality_ids) if "int" in str(modality_ids.dtype) else modality_ids
+
+
 def ids_of(x: Tensor, modality_ids: Tensor | Sequence[int] | int | None, modalities: int) -> Tensor | None:
     """The ids as a flat int64 tensor whose length divides the number of rows; None without, or with one for all."""
     if modality_ids is None:
@@ -217,8 +229,7 @@ def ids_of(x: Tensor, modality_ids: Tensor | Sequence[int] | int | None, modalit
 
 def check_layer(x: Tensor, N: int, K: int, lora_A: Tensor, lora_B: Tensor, gates: Sequence[int]) -> None:
     """Shapes of one layer's parameters against its weight and x."""
-    if x.dim() < 1 or x.shape[-1] != K:
-        raise ValueError(f"x has shape {tuple(x.shape)} but the weight takes {K} features")
+    check_width(x, K)
     if lora_A.dim() != 2 or lora_A.shape[1] != K:
         raise ValueError(f"lora_A must be [R, {K}], got {tuple(lora_A.shape)}")
     R = lora_A.shape[0]
@@ -226,6 +237,25 @@ def check_layer(x: Tensor, N: int, K: int, lora_A: Tensor, lora_B: Tensor, gates
         raise ValueError(f"lora_B must be [{N}, {R}], got {tuple(lora_B.shape)}")
     if len(gates) != 2 or gates[1] < 1 or R % gates[1] != 0:
         raise ValueError(f"gates must be [modalities, E] with E dividing the total rank {R}, got {tuple(gates)}")
+
+
+def check_dtype(x: Tensor) -> None:
+    """x must be of a dtype that products exist for."""
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"x must be one of {names}, got {str(x.dtype).removeprefix('torch.')}")
+
+
+def check_width(x: Tensor, K: int) -> None:
+    """x must be [..., K]."""
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x has shape {tuple(x.shape)} but the weight takes {K} features")
+
+
+def savable(bias: Tensor) -> Tensor:
+    """The bias, or a copy that backward can keep: bitsandbytes casts a frozen layer's under inference_mode too."""
+    copies = torch.is_grad_enabled() and not torch.compiler.is_compiling() and bias.is_inference()
+    return bias.clone() if copies else bias
 
 
 def check_frozen(weight: Tensor, bias: Tensor | None, N: int) -> None:

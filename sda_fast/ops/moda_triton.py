@@ -121,9 +121,9 @@ def decoded(member: Member, dtype: torch.dtype) -> Tensor:
     out = workspaces.take(shape, dtype, data.device)
     if dtype in SIXTEEN_BITS and cuda_library.is_available(data.device):
         return cuda_library.decode(layout, data, member.statistics, out)
-    return decode_4bit(
-        packed_bytes(member), member.statistics, shape, layout.blocksize, layout.nested_blocksize, out=out
-    )
+    # A kernel asks for no shape.
+    codes = data if data.dtype == torch.uint8 else packed_bytes(member)
+    return decode_4bit(codes, member.statistics, shape, layout.blocksize, layout.nested_blocksize, out=out)
 
 
 def add_update(y: Tensor, member: Member, h: Tensor, modality_ids: Tensor | None) -> Tensor:

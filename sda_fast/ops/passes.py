@@ -6,6 +6,7 @@ the default because they have never been timed.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,19 @@ TRITON = passes_of(moda_forward, moda_backward)
 CUDA = passes_of(cuda_passes, cuda_passes)
 
 
+@functools.cache
+def chosen() -> str:
+    """What SDA_FAST_PASSES asks for; read once, because looking it up costs the host microseconds.
+
+    Raises:
+        ValueError: it is neither "triton" nor "cuda".
+    """
+    choice = os.environ.get(VARIABLE) or CHOICES[0]
+    if choice not in CHOICES:
+        raise ValueError(f"{VARIABLE} must be one of {CHOICES}, got {choice!r}")
+    return choice
+
+
 def passes_for(rank: int, *activations: Tensor) -> Passes:
     """The passes that serve these activations and a total rank.
 
@@ -52,12 +66,7 @@ def passes_for(rank: int, *activations: Tensor) -> Passes:
         ValueError: SDA_FAST_PASSES is neither "triton" nor "cuda".
         RuntimeError: it asks for the CUDA library on a CUDA device where the library is not available.
     """
-    if VARIABLE not in os.environ:
-        return TRITON
-    choice = os.environ[VARIABLE] or CHOICES[0]
-    if choice not in CHOICES:
-        raise ValueError(f"{VARIABLE} must be one of {CHOICES}, got {choice!r}")
-    if choice == "triton":
+    if chosen() == "triton":
         return TRITON
     device = activations[0].device
     lacking = cuda_library.reason_unavailable(device)

@@ -77,10 +77,15 @@ def describe_weight(weight: Tensor) -> tuple[WeightLayout, Tensor, list[Tensor]]
     state = state_of(weight)
     if getattr(state, "packing_format_for_cpu", False):
         restore_row_major(weight, state)
+    return layout_of(state), weight.data, statistics_of(state)
+
+
+def statistics_of(state: Any) -> list[Tensor]:
+    """A quantisation state's tensors, as `describe_weight` gives them."""
     if not state.nested:
-        return layout_of(state), weight.data, [state.absmax, state.code]
+        return [state.absmax, state.code]
     nested = state.state2
-    return layout_of(state), weight.data, [state.absmax, state.code, nested.absmax, nested.code, state.offset]
+    return [state.absmax, state.code, nested.absmax, nested.code, state.offset]
 
 
 def layout_of(state: Any) -> WeightLayout:
@@ -101,11 +106,13 @@ def state_of(weight: Tensor) -> Any:
 
 
 @torch.no_grad()
+@torch.inference_mode(False)
 def restore_row_major(weight: Tensor, state: Any) -> None:
     """Undo, in place, the repacking that bitsandbytes does to 4-bit weights on a CPU in evaluation.
 
     Repacking lays the codes out as [N / 32, K / 2, 32, 2] with low and high nibbles 32 elements apart, and keeps absmax
-    un-nested, transposed and rounded to bfloat16; that rounding cannot be undone.
+    un-nested, transposed and rounded to bfloat16; that rounding cannot be undone. What is restored can be trained
+    beside, under `torch.inference_mode` too.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
@@ -136,7 +143,9 @@ class Workspace:
     """Memory that is seen as matrices of some shapes and dtypes again and again: those views are kept."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        # An inference tensor could not be written to outside of inference mode.
+        with torch.inference_mode(False):
+            self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self.views: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
@@ -148,7 +157,8 @@ class Workspace:
                 return None
             if len(self.views) >= LARGEST_NUMBER_OF_VIEWS:
                 self.views.clear()
-            found = self.views[shape, dtype] = self.buffer[:size].view(dtype).view(shape)
+            with torch.inference_mode(False):
+                found = self.views[shape, dtype] = self.buffer[:size].view(dtype).view(shape)
         return found
 
 

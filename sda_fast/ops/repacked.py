@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,9 @@ from sda_fast.ops.quantized import (
     is_4bit,
     layout_of,
     state_of,
+    statistics_of,
 )
+from sda_fast.ops.watched import Watched
 
 ROWS_PER_GROUP = 32
 
@@ -72,7 +73,7 @@ def repack(layout: WeightLayout, data: Tensor, statistics: list[Tensor]) -> tupl
 
 def watchable(weight: Tensor) -> bool:
     """Whether it is a 4-bit weight whose changes are counted; those made under inference_mode are not."""
-    return is_4bit(weight) and not weight.is_inference()
+    return is_4bit(weight) and not any(tensor.is_inference() for tensor in (weight, *statistics_of(state_of(weight))))
 
 
 class RepackedWeight:
@@ -90,23 +91,14 @@ class RepackedWeight:
             self.codes, self.scales = repack(*describe_weight(weight))
         # The weight is not held: where models are loaded piece by piece, the copy goes when its weight does.
         self.weight = weakref.ref(weight, functools.partial(forget, weakref.ref(self)))
-        # Held, so that neither an object nor an address can be used again.
-        self.state, self.absmax, self.memory = state, state.absmax, weight.data
-        self.version, self.address = weight._version, weight.data_ptr()
+        self.sources: Watched | None = Watched([weight, *statistics_of(state)])
 
     def is_valid(self, weight: Tensor) -> bool:
-        """Whether `weight` is what was copied: the same object on the same memory, not written to, scales included."""
-        if weight is not self.weight():
+        """Whether `weight` and its quantisation state are what was copied, as far as `Watched` can tell."""
+        state = weight.quant_state if weight is self.weight() else None  # type: ignore[attr-defined]
+        if state is None or self.sources is None:
             return False
-        state: Any = weight.quant_state  # type: ignore[attr-defined]
-        # Every question to a parameter of a class of its own goes through that class otherwise, in Python.
-        with torch._C.DisableTorchFunctionSubclass():
-            return (
-                state is self.state
-                and state.absmax is self.absmax
-                and weight._version == self.version
-                and weight.data_ptr() == self.address
-            )
+        return self.sources.are_still([weight, *statistics_of(state)])
 
     def multiply(self, x: Tensor) -> Tensor:
         """x W^T for x [M, K] bfloat16; codes and scales rounded to bfloat16, sums float32, rounded once."""
@@ -119,7 +111,7 @@ def forget(copy: weakref.ref[RepackedWeight], weight: object) -> None:
     """Free the memory of a copy whose weight is gone."""
     of = copy()
     if of is not None:
-        of.codes = of.scales = of.memory = of.state = of.absmax = None  # type: ignore[assignment]
+        of.codes = of.scales = of.sources = None  # type: ignore[assignment]
 
 
 def output_of(
@@ -139,9 +131,7 @@ def output_of(
     Returns:
         [..., N] bfloat16.
     """
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = dense_rows(x)
     with without_autocast(x.device):
         h = torch.nn.functional.linear(rows.float(), in_float32(lora_A))
         if gates.shape[1] == h.shape[1]:
@@ -155,6 +145,18 @@ def output_of(
         else:
             y.add_(update.mul_(scaling).add_(bias.to(x.dtype)))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def frozen_output_of(repacked: RepackedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x W^T + bias for x [..., K] bfloat16."""
+    y = repacked.multiply(dense_rows(x))
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[1])
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x as [M, K] with neighbouring columns side by side."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 class RepackedWeights(NotCopied):

@@ -28,7 +28,7 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
     from triton.runtime.jit import KernelInterface
 
     from sda_fast.kernels import moda_backward, moda_forward
-    from sda_fast.kernels.launching import Kernel
+    from sda_fast.kernels.launching import Kernel, PreparedLaunch
     from sda_fast.ops import moda_triton
 
     def launch(kernel: Any, grid: Any) -> Callable[..., None]:
@@ -90,6 +90,7 @@ def as_on_a_gpu(ledger: Ledger, card: Card) -> Iterator[None]:
         workspaces.clear()
         for kind in (KernelInterface, Kernel):
             stack.enter_context(replaced(kind, "__getitem__", launch))
+        stack.enter_context(replaced(PreparedLaunch, "__call__", launch(None, None)))
         stack.enter_context(replaced(workspaces, "take", take))
         stack.enter_context(replaced(moda_torch, "decode", decode))
         stack.enter_context(replaced(moda_triton, "decoded", decoded))

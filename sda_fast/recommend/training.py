@@ -250,11 +250,14 @@ def _alignment(
     place: np.ndarray,
     align_to: Tensor,
 ) -> Tensor:
+    """CMSA of a batch's content and ID vectors; zero where the batch has no two rows to contrast."""
     from sda_fast.ops.cmsa import cmsa_loss
 
     seen = inputs[inputs < num_items]
     if config.alignment_over == "items":
         seen = np.unique(seen)
+    if len(seen) < 2:
+        return vectors.new_zeros(())
     rows = torch.as_tensor(place[seen], device=vectors.device)
     return cmsa_loss(vectors[rows], align_to.to(vectors.device)[items[rows]], config.alignment_temperature)
 

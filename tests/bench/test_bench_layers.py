@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sda_fast import bench_command, timing
-from sda_fast.bench_command import BenchConfig, bench_folder, run_bench
+from sda_fast.bench_command import MODULES, OPTIONS, BenchConfig, bench_folder, run_bench
 from sda_fast.cli import main
 
 PLAIN = "concatenated PyTorch"
@@ -243,6 +243,32 @@ def test_the_steps_of_the_gpu_script_fit_the_time_it_promises() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shapes", "32x64"], "--shapes means nothing with --what layer, only with --tune"),
+        (["--what", "nf4", "--layers", "q"], "--layers means nothing with --what nf4, only with --what layer"),
+        (["--what", "nf4", "--methods", "MoDA"], "only with --what layer, --what cmsa, --what finetune"),
+        (["--what", "cached", "--dimensions", "8"], "--dimensions means nothing with --what cached"),
+        (["--what", "finetune", "--no-quick"], "--quick means nothing with --what finetune"),
+        (["--what", "cmsa", "--no-plan"], "--plan means nothing with --what cmsa"),
+        (["--steps", "3"], "--steps means nothing with --what layer, only with --what finetune"),
+        (["--tune", "--what", "nf4"], "--what means nothing with --tune"),
+        (["--tune", "--compile-cases", "1"], "--compile-cases means nothing with --tune"),
+        (["--tune", "--page", "docs/nf4.md"], "--page means nothing with --tune"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(words: list[str], message: str, capsys) -> None:
+    assert main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_job_of_the_benchmarks_has_its_options() -> None:
+    assert set(OPTIONS) == {"--tune", *(f"--what {what}" for what in MODULES)}
+    known = {option.name for option in dataclasses.fields(BenchConfig)}
+    assert all(known >= set(names) for names in OPTIONS.values())
+
+
 def test_a_missing_gpu_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--device", "cuda"]) == 2
     assert "needs a GPU" in capsys.readouterr().err

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def user_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SDA_FAST_TUNED", str(tmp_path / "tuned"))
+    monkeypatch.setattr(measured, "PACKAGED_TABLES", tmp_path / "packaged")
     measured.forget()
     yield tmp_path / "tuned"
     measured.forget()
@@ -56,7 +57,7 @@ def test_the_command_writes_a_table_that_the_library_then_reads(user_tables: Pat
     for record in document["records"]:
         assert set(record["microseconds"]) == {"fold", "unfold"} | bitsandbytes_where_it_multiplies(record)
     assert f"table: {path}, used from now on" in capsys.readouterr().out
-    assert len(measured.table_of(chip_name(CPU)).measurements) == len(document["records"])
+    assert len(measured.tables_of(chip_name(CPU))[0].measurements) == len(document["records"])
 
 
 @pytest.mark.parametrize("fast", ["fold", "unfold"])
@@ -73,7 +74,7 @@ def test_evaluation_goes_the_way_that_was_faster(user_tables: Path, fast: str, m
     for name in ("folded_output", "unfolded_output"):
         monkeypatch.setattr(moda_evaluate, name, lambda m, x, *a, n=name: (called.append(n), x.new_zeros(0))[1])
     with torch.no_grad():
-        for rows in (1, 10_000):
+        for rows in (1, 300):
             MoDALinear(torch.nn.Linear(64, 32)).eval()(torch.zeros(rows, 64), 1)
     assert called == [f"{fast}ed_output"] * 2
 
@@ -104,12 +105,55 @@ def test_a_way_that_breaks_does_not_end_the_rest(user_tables: Path, monkeypatch:
     assert refused == {"failed: RuntimeError: no such instruction"}
 
 
-def test_what_the_time_ran_out_for_is_named(user_tables: Path) -> None:
-    assert run_bench(config(limit=0.0)).count("not measured, out of time") == len(
-        tune.cases("cpu", quick=True, shapes=[(32, 64)])
-    )
+def test_what_the_time_ran_out_for_is_named_and_nothing_is_written_if_it_was_all(user_tables: Path, caplog) -> None:
+    shown = run_bench(config(limit=0.0))
+    assert shown.count("not measured, out of time") == len(tune.cases("cpu", quick=True, shapes=[(32, 64)]))
+    assert "nothing was measured" in shown and "nothing was measured" in caplog.text
+    assert not user_tables.exists()
+
+
+def test_what_was_measured_before_stays_in_the_table(user_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_bench(config())
     (path,) = user_tables.iterdir()
-    assert measured.read_table(path).measurements == ()
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "date": "2020-01-02"}))
+    run_bench(config(limit=0.0))
+    assert json.loads(path.read_text()) == {**document, "date": "2020-01-02"}
+    run_bench(config(shapes=("16x96",)))
+    both = json.loads(path.read_text())
+    by_layer = {N: [line for line in both["records"] if line["N"] == N] for N in (32, 16)}
+    assert by_layer[32] == [{"date": "2020-01-02", **line} for line in document["records"]]
+    assert by_layer[16] and not any("date" in line for line in by_layer[16])
+    # What is measured again replaces, what the time runs out for does not.
+    measure, times = tune.measure_case, []
+
+    def only_twice(case, *arguments):
+        times.append(case)
+        return measure(case, *arguments) if len(times) < 3 else tune.not_measured(case, "out of time")
+
+    monkeypatch.setattr(tune, "measure_case", only_twice)
+    run_bench(config())
+    again = json.loads(path.read_text())["records"]
+    assert len(again) == len(both["records"]) and all(line["microseconds"] for line in again)
+    assert [line.get("date") for line in again if line["N"] == 32].count("2020-01-02") == len(by_layer[32]) - 2
+
+
+def test_a_way_that_is_wrong_now_loses_the_time_that_it_had(user_tables: Path, monkeypatch) -> None:
+    run_bench(config())
+    folded = moda_evaluate.folded_output
+    monkeypatch.setattr(moda_evaluate, "folded_output", lambda *arguments: folded(*arguments) * 1.02)
+    run_bench(config())
+    (path,) = user_tables.iterdir()
+    records = json.loads(path.read_text())["records"]
+    assert len(records) == len(tune.cases("cpu", quick=True, shapes=[(32, 64)]))
+    assert not any("fold" in record["microseconds"] for record in records)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_few_rows_of_all_layers_are_measured_before_more_rows_of_any(device: str) -> None:
+    for quick in (True, False):
+        rows = [case.rows for case in tune.cases(device, quick=quick)]
+        assert rows == sorted(rows)
 
 
 def test_an_interrupted_run_leaves_the_old_table(user_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,10 +173,10 @@ def test_an_interrupted_run_leaves_the_old_table(user_tables: Path, monkeypatch:
 def test_another_folder_can_be_given_and_is_not_used_unless_named(tmp_path: Path, monkeypatch) -> None:
     shown = run_bench(config(output=tmp_path / "elsewhere"))
     assert f"used where SDA_FAST_TUNED={tmp_path / 'elsewhere'}" in shown
-    assert measured.table_of(chip_name(CPU)) is None
+    assert not measured.tables_of(chip_name(CPU))
     monkeypatch.setenv("SDA_FAST_TUNED", str(tmp_path / "elsewhere"))
     measured.forget()
-    assert measured.table_of(chip_name(CPU)) is not None
+    assert len(measured.tables_of(chip_name(CPU))) == 1
 
 
 def test_mistakes_are_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -192,6 +236,7 @@ def test_every_number_of_parts_of_the_small_product_passes_its_check(monkeypatch
     from sda_fast.kernels import nf4_linear
 
     made = []
+    nf4_linear.prepare_small_product.cache_clear()
     launch = nf4_linear.small_product_launch
     monkeypatch.setattr(nf4_linear, "small_product_launch", lambda *a: (made.append(launch(*a).splits), launch(*a))[1])
     # bfloat16 is not computed rightly by Triton's interpreter.
@@ -237,9 +282,10 @@ def test_a_measured_number_of_parts_reaches_the_small_product(user_tables: Path,
     layer, bf16 = WeightLayout(32, 64, 1, 64), torch.bfloat16
     assert splits.measured_splits(gpu, bf16, 4, layer, False) == 2
     assert splits.measured_splits(gpu, bf16, 9, layer, True) == 4
-    # No other layer, dtype or device.
+    assert splits.measured_splits(gpu, torch.float16, 4, layer, False) == 2
+    # No other layer, width or device.
     assert splits.measured_splits(gpu, bf16, 4, WeightLayout(33, 64, 1, 64), False) == 0
-    assert splits.measured_splits(gpu, torch.float16, 4, layer, False) == 0
+    assert splits.measured_splits(gpu, torch.float32, 4, layer, False) == 0
     assert splits.measured_splits(CPU, bf16, 4, layer, False) == 0
     given = []
     monkeypatch.setattr(moda_evaluate, "splits_of", lambda x, layout, by_library: 7)

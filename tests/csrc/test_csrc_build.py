@@ -126,6 +126,36 @@ except NotImplementedError as error:
 """
 
 
+# Of torch's stable ABI as 2.11 has it; torch exports more from version to version and takes nothing back.
+STABLE_ABI = re.compile(
+    r"aoti_torch_(?:abi_version|(?:create|delete)_device_guard|delete_(?:library|tensor)_object|new_tensor_handle)"
+    r"|aoti_torch_(?:device_type|layout)_\w+|aoti_torch_dtype_(?!float8_e8m0fnu|float4)\w+"
+    r"|aoti_torch_get_(?:current_cuda_stream|device_index|device_type|dim|dtype|numel|size|stride)"
+    r"|aoti_torch_is_contiguous|aoti_torch_library_(?:def|init_def|init_impl)|torch_library_impl"
+    r"|torch_(?:call_dispatcher|get_(?:const|mutable)_data_ptr|dtype_float8_e8m0fnu|dtype_float4_e2m1fn_x2)"
+    r"|torch_(?:delete_list|list_push_back|new_list_reserve_size)"
+)
+
+
+def test_the_binding_wants_nothing_of_torch_that_the_oldest_one_lacks(compiled):
+    binding, _ = compiled(csrc_compile.BINDING_SOURCE)
+    wanted = subprocess.run(["nm", "-u", str(binding)], capture_output=True, text=True, check=True).stdout.split()
+    of_torch = {name for name in wanted if name.startswith(("aoti_", "torch_"))}
+    assert len(of_torch) > 30 and all(STABLE_ABI.fullmatch(name) for name in of_torch)
+
+
+@pytest.mark.parametrize(("function", "since"), [("torch_get_const_data_ptr", 10), ("torch_tag_core", 12)])
+def test_a_function_newer_than_the_oldest_torch_does_not_compile(function, since, tmp_path):
+    source = tmp_path / "probe.cpp"
+    source.write_text(f"#include <torch/csrc/stable/library.h>\nauto* used = &{function};\n")
+    flags = [f"-DTORCH_TARGET_VERSION={csrc_compile.TORCH_TARGET_VERSION}", f"-I{csrc_compile.torch_folder()}/include"]
+    assert flags[0] in csrc_compile.object_command(csrc_compile.BINDING_SOURCE, source)
+    command = ["c++", "-std=c++17", "-fsyntax-only", str(source), flags[1]]
+    done = subprocess.run([*command, flags[0]], capture_output=True, text=True)
+    assert (done.returncode == 0) == (since <= 11), done.stderr
+    assert since <= 11 or function in done.stderr
+
+
 def test_binding_registers_its_operations_through_the_stable_abi(objects, compiled, tmp_path):
     binding, _ = compiled(csrc_compile.BINDING_SOURCE)
     symbols = subprocess.run(["nm", "-uC", str(binding)], capture_output=True, text=True, check=True).stdout

@@ -60,16 +60,31 @@ def calls(cuda_passes_on_host, monkeypatch):
     return called
 
 
+def choose(monkeypatch, choice):
+    """Set the variable, which is read once, or unset it."""
+    if choice is None:
+        monkeypatch.delenv(passes.VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(passes.VARIABLE, choice)
+    passes.chosen.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def the_choice_ends_with_the_test():
+    yield
+    passes.chosen.cache_clear()
+
+
 @without_gpu
 @pytest.mark.parametrize("way", ["before", "in place"])
 @pytest.mark.parametrize("layout", ["per sequence", "one id", "per row gates"])
 def test_a_group_of_layers_is_the_same_with_the_cuda_passes(calls, monkeypatch, layout, way):
     truth = group("torch", layout)
-    monkeypatch.setenv(passes.VARIABLE, "cuda")
+    choose(monkeypatch, "cuda")
     with forced_update(way):
         ours = group("triton", layout)
     assert calls == set(NAMES)
-    monkeypatch.setenv(passes.VARIABLE, "triton")
+    choose(monkeypatch, "triton")
     calls.clear()
     with forced_update(way):
         theirs = group("triton", layout)
@@ -82,12 +97,12 @@ def test_a_group_of_layers_is_the_same_with_the_cuda_passes(calls, monkeypatch, 
 
 
 def test_the_default_is_triton(calls, monkeypatch):
-    monkeypatch.delenv(passes.VARIABLE, raising=False)
+    choose(monkeypatch, None)
     assert passes.passes_for(8, torch.zeros(4, 16, dtype=HALF)) is passes.TRITON
 
 
 def test_triton_takes_what_the_library_cannot(calls, monkeypatch):
-    monkeypatch.setenv(passes.VARIABLE, "cuda")
+    choose(monkeypatch, "cuda")
     fitting = torch.zeros(4, 16, dtype=HALF)
     assert passes.passes_for(64, fitting, fitting) is passes.CUDA
     assert passes.passes_for(65, fitting) is passes.TRITON
@@ -98,10 +113,10 @@ def test_triton_takes_what_the_library_cannot(calls, monkeypatch):
 
 def test_a_choice_that_does_not_exist_or_cannot_be_met_is_an_error(monkeypatch):
     x = torch.zeros(4, 16, dtype=HALF)
-    monkeypatch.setenv(passes.VARIABLE, "cutlass")
+    choose(monkeypatch, "cutlass")
     with pytest.raises(ValueError, match=r"must be one of .* got 'cutlass'"):
         passes.passes_for(8, x)
-    monkeypatch.setenv(passes.VARIABLE, "cuda")
+    choose(monkeypatch, "cuda")
     monkeypatch.setattr(cuda_library, "reason_unavailable", lambda device: "it was not built")
 
     class OnGpu:

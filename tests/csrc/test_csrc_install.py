@@ -47,6 +47,15 @@ def test_an_isolated_build_finds_the_torch_beside_its_interpreter():
     assert done.stdout.strip() == str(folder), done.stderr
 
 
+def test_targets_are_compute_capabilities_and_none_are_the_usual_ones():
+    targets_of = runpy.run_path(str(COMPILE))["targets_of"]
+    assert targets_of("90") == ("90",) and targets_of(" 80, 90a ,120") == ("80", "90a", "120")
+    assert targets_of("") == targets_of("  ") == ("80", "86", "89", "90")
+    for text in ("sm_90", "8.0", "80,", "80;90"):
+        with pytest.raises(ValueError, match="must be compute capabilities"):
+            targets_of(text)
+
+
 @pytest.mark.parametrize("choice", ["0", "1", "yes"])
 def test_the_variable_forces_and_forbids(choice):
     pytest.importorskip("setuptools")

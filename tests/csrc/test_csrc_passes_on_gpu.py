@@ -10,7 +10,7 @@ from sda_fast.kernels import moda_naive as naive
 from sda_fast.ops import cuda_library
 from sda_fast.ops.dropout import dropout_scale, keep_mask
 from sda_fast.ops.moda_linear import moda_linear_group
-from sda_fast.ops.passes import CUDA, TRITON, VARIABLE, passes_for
+from sda_fast.ops.passes import CUDA, TRITON, VARIABLE, chosen, passes_for
 
 if not cuda_library.is_available("cuda"):
     pytest.skip(f"no CUDA library to run: {cuda_library.reason_unavailable('cuda')}", allow_module_level=True)
@@ -137,6 +137,7 @@ def test_a_layer_is_the_same_with_either(layout, monkeypatch) -> None:
 
     def results(choice: str) -> list[Tensor]:
         monkeypatch.setenv(VARIABLE, choice)
+        chosen.cache_clear()
         assert passes_for(8, x.detach()[0]) is (CUDA if choice == "cuda" else TRITON)
         outputs = moda_linear_group(
             x, weights, lora_A, lora_B, gates, ids, scalings=[2.0, 0.5], biases=[None, None], dropout=0.1, seed=3,

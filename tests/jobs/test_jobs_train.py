@@ -2,6 +2,7 @@ import dataclasses
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from sda_fast import train
 from sda_fast.jobs import checkpoint, train_state
+from sda_fast.losses.modules import CMSALoss
 from sda_fast.train import ConfigMismatchError, FinetuneConfig, NonFiniteLossError, finetune, preset
 
 
@@ -212,6 +214,48 @@ def test_out_of_memory_halves_the_chunk_and_says_so(finetune_config, tmp_path, m
         assert "chunk size: 2" in caplog.text and "out of memory" not in caplog.text
     assert small.losses == pytest.approx(whole.losses, rel=1e-4)
     assert chosen.losses == pytest.approx(whole.losses, rel=1e-4)
+
+
+def test_running_out_of_memory_in_the_loss_is_said_without_trying_smaller_chunks(finetune_config, monkeypatch, caplog):
+    encode, encoded = train.ContrastiveStep.encode, []
+
+    def counted(self, chunk, modality):
+        encoded.append(modality)
+        return encode(self, chunk, modality)
+
+    def out_of_memory(self, images, texts):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.ContrastiveStep, "encode", counted)
+    monkeypatch.setattr(CMSALoss, "forward", out_of_memory)
+    with pytest.raises(RuntimeError, match="in the loss, not in a chunk"):
+        finetune(finetune_config(chunk_size=3))
+    assert encoded == ["image"] * 2 + ["text"] * 2 and "out of memory" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "here", "processes", "expected", "current"),
+    [
+        ("cuda", "cuda:3", 4, "cuda:3", ["cuda:3"]),
+        (None, "cuda:3", 4, "cuda:3", ["cuda:3"]),
+        ("cuda", "cuda", 1, "cuda", ["cuda:0"]),
+        ("cuda:1", "cuda", 1, "cuda:1", ["cuda:1"]),
+        ("cpu", "cpu", 2, "cpu", []),
+        (None, "cpu", 2, "cpu", []),
+    ],
+)
+def test_each_process_takes_its_own_device(wanted, here, processes, expected, current, monkeypatch):
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: made_current.append(str(device)))
+    accelerator = SimpleNamespace(device=torch.device(here), num_processes=processes)
+    assert str(train_state.chosen_device(wanted, accelerator)) == expected
+    assert made_current == current
+
+
+def test_one_gpu_by_number_for_several_processes_is_an_error():
+    accelerator = SimpleNamespace(device=torch.device("cuda", 0), num_processes=2)
+    with pytest.raises(ValueError, match="device is cuda:1 but there are 2 processes"):
+        train_state.chosen_device("cuda:1", accelerator)
 
 
 def test_checkpoints_are_pruned_and_hold_no_pickle(finetune_config):

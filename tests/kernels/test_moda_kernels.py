@@ -7,8 +7,8 @@ import torch
 
 from sda_fast.kernels import moda_naive as naive
 from sda_fast.kernels.configs import LaunchConfig
-from sda_fast.kernels.moda_backward import dx_pass, dy_pass
-from sda_fast.kernels.moda_forward import expand, expand_add, project
+from sda_fast.kernels.moda_backward import dx_pass, dy_pass, dy_pass_of_group
+from sda_fast.kernels.moda_forward import expand, expand_add, expand_group, project
 from sda_fast.kernels.moda_gemm import gated_linear
 from sda_fast.kernels.philox import dropout_scale
 from sda_fast.ops.dropout import keep_mask
@@ -309,3 +309,88 @@ def test_a_gradient_expanded_from_one_number_is_read_right():
     inputs = (dy, h, lora_B, gates, ids, SCALING)
     for output, actual in enumerate(dy_pass(*inputs)):
         assert_as_good_as(actual, naive.naive_dy_pass, *inputs, output=output)
+
+
+def random_group(layers, layout, M, R, E, dtype):
+    """h of all layers, and each layer's B, gates and gate of every row; ids and rows per sequence."""
+    h = random(M, layers * R)
+    lora_B = [random(N, R, scale=0.1, strided=False) for N in (17, 129, 40)[:layers]]
+    gates, ids, rows_per_sequence = zip(*(random_gates(layout, M, E) for _ in range(layers)), strict=True)
+    ids, rows_per_sequence = ids[0], rows_per_sequence[0]
+    which = torch.arange(M, device=DEVICE) if ids is None else ids.repeat_interleave(rows_per_sequence)[:M]
+    gate = [one[which.long()].repeat_interleave(R // E, 1) * SCALING for one in gates]
+    return h, lora_B, list(gates), gate, ids, rows_per_sequence
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layers", "M", "R", "E", "has_bias"), [(3, 129, 24, 8, True), (2, 37, 8, 2, False), (3, 5, 64, 4, False)]
+)
+def test_a_group_is_expanded_in_one_launch_as_layer_by_layer(layers, M, R, E, has_bias, layout, dtype):
+    h, lora_B, gates, gate, ids, rows_per_sequence = random_group(layers, layout, M, R, E, dtype)
+    outs = [poisoned(M, one.shape[0], dtype=dtype) for one in lora_B]
+    biases = [torch.randn(one.shape[0], device=DEVICE).to(dtype) if has_bias else None for one in lora_B]
+    options = {"rows_per_sequence": rows_per_sequence}
+    assert expand_group(h, lora_B, gates, ids, SCALING, biases=biases, outs=outs, **options) is outs
+    for layer, out in enumerate(outs):
+        of_layer = h[:, layer * R : (layer + 1) * R]
+        before = torch.zeros_like(out) if biases[layer] is None else biases[layer].expand_as(out)
+        assert_as_good_as(out, naive.naive_expand_add, before, of_layer, lora_B[layer], gate[layer])
+        alone = expand(
+            of_layer,
+            lora_B[layer],
+            gates[layer],
+            ids,
+            SCALING,
+            bias=biases[layer],
+            out=torch.empty_like(out),
+            **options,
+        )
+        assert torch.equal(out, alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layers", "M", "R", "E"), [(3, 129, 24, 8), (2, 37, 8, 2), (3, 5, 32, 1)])
+def test_a_group_s_dy_are_read_in_one_launch_as_layer_by_layer(layers, M, R, E, layout, dtype):
+    h, lora_B, gates, _, ids, rows_per_sequence = random_group(layers, layout, M, R, E, dtype)
+    dys = [random(M, one.shape[0], dtype=dtype) for one in lora_B]
+    options = {"rows_per_sequence": rows_per_sequence}
+    dh_out = poisoned(M, layers * R)
+    dh, dB, dgates = dy_pass_of_group(dys, h, lora_B, gates, ids, SCALING, dh_out=dh_out, **options)
+    assert dh is dh_out
+    for layer, dy in enumerate(dys):
+        of_layer = slice(layer * R, (layer + 1) * R)
+        inputs = (dy, h[:, of_layer], lora_B[layer], gates[layer], ids, SCALING)
+        for output, actual in enumerate((dh[:, of_layer], dB[layer], dgates[layer])):
+            assert_as_good_as(actual, lambda *tensors: naive.naive_dy_pass(*tensors, **options), *inputs, output=output)
+
+
+@pytest.mark.parametrize("wanted", ["dh", "dB", "dgates", "dh dB", "dB dgates"])
+def test_of_a_group_only_what_is_needed_is_given(wanted):
+    h, lora_B, gates, _, ids, rows_per_sequence = random_group(3, "per_sequence", 37, 8, 4, torch.float32)
+    dys = [random(37, one.shape[0]) for one in lora_B]
+    options = {"rows_per_sequence": rows_per_sequence}
+    whole = dy_pass_of_group(dys, h, lora_B, gates, ids, SCALING, **options)
+    flags = {
+        f"needs_{name.removeprefix('d') if name == 'dgates' else name}": name in wanted.split()
+        for name in ("dh", "dB", "dgates")
+    }
+    dh, dB, dgates = dy_pass_of_group(dys, h, lora_B, gates, ids, SCALING, **options, **flags)
+    for name, actual, expected in (("dh", [dh], [whole[0]]), ("dB", dB, whole[1]), ("dgates", dgates, whole[2])):
+        for one, other in zip(actual, expected, strict=True):
+            assert one is None if name not in wanted.split() else torch.equal(one, other)
+
+
+def test_a_group_of_no_rows_or_with_a_layer_of_no_columns():
+    h, lora_B, gates, _, ids, _ = random_group(2, "per_row", 6, 8, 4, torch.float32)
+    empty = [torch.empty(0, one.shape[0], device=DEVICE) for one in lora_B]
+    dh, dB, dgates = dy_pass_of_group(empty, h[:0], lora_B, gates, ids[:0], SCALING)
+    assert dh.shape == (0, 16) and all(one.abs().sum() == 0 for one in (*dB, *dgates))
+    dys = [random(6, 17), torch.empty(6, 0, device=DEVICE)]
+    narrow = [lora_B[0], lora_B[1][:0]]
+    dh, dB, dgates = dy_pass_of_group(dys, h, narrow, gates, ids, SCALING)
+    alone = dy_pass(dys[0], h[:, :8], lora_B[0], gates[0], ids, SCALING)
+    assert torch.equal(dh[:, :8], alone[0]) and dh[:, 8:].abs().sum() == 0 and dB[1].shape == (0, 8)
+    assert dgates[1].abs().sum() == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -152,6 +154,58 @@ def test_small_product_adds_its_parts_of_k_to_the_whole(M, blocksize, monkeypatc
     truth, terms = naive.naive_gated_linear(*doubles), naive.naive_gated_linear(*(t.abs() for t in doubles))
     for y in results:
         assert ((y.double() - truth).abs() <= (K + R + 4) * torch.finfo(torch.float32).eps * terms).all()
+
+
+FUZZ_ROUNDS = 150
+
+
+def random_weight(chance):
+    """A shape, what `quantize` makes of it, and an update for it."""
+    N, K = chance.choice((1, 2, 33, 64, chance.randint(1, 80))), chance.choice((1, 17, 32, 65, chance.randint(1, 300)))
+    blocksize, quant_type = chance.choice((32, 64, 128, 512, 4096)), chance.choice(("nf4", "fp4"))
+    E = chance.choice((1, 3, 8))
+    R = E * chance.choice((1, 2, 5))
+    update = torch.randn(R, K) * 0.1, torch.randn(N, R) * 0.1, torch.rand(E)
+    # bitsandbytes compiles its statistics' decode, which costs more than the kernels.
+    with torch.compiler.set_stance("force_eager"):
+        made = quantize((N, K), blocksize, quant_type, nested=chance.random() < 0.5)[:4]
+    return (N, K), blocksize, *made, *(tensor.to(DEVICE) for tensor in update)
+
+
+def test_fold_is_right_for_random_shapes_and_settings():
+    chance = random.Random(0)
+    for _ in range(FUZZ_ROUNDS):
+        shape, blocksize, data, statistics, nested_blocksize, exact, lora_A, lora_B, gates = random_weight(chance)
+        dtype = chance.choice((torch.float32, HALF))
+        fold = {"lora_A": lora_A, "lora_B": lora_B, "gates": gates, "scaling": SCALING}
+        out = poisoned(*shape, dtype=dtype)
+        decode_4bit(data, statistics, shape, blocksize, nested_blocksize, out=out, **fold)
+        gated = SCALING * lora_B.double() * gates.double().repeat_interleave(lora_B.shape[1] // gates.numel())
+        truth = exact.double() + gated @ lora_A.double()
+        terms = exact.double().abs() + gated.abs() @ lora_A.double().abs()
+        allowed = torch.finfo(dtype).eps / 2 * truth.abs() + 8 * torch.finfo(torch.float32).eps * terms
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        assert ((out.double() - truth).abs() <= allowed + smallest).all(), (shape, blocksize, lora_A.shape, dtype)
+
+
+def test_small_product_is_right_for_random_shapes_and_settings():
+    chance = random.Random(1)
+    for _ in range(FUZZ_ROUNDS):
+        shape, blocksize, data, statistics, nested_blocksize, exact, _, lora_B, gates = random_weight(chance)
+        (N, K), R, M = shape, lora_B.shape[1], chance.choice((1, 2, 5, 16, 17, 33, 64))
+        dtype, splits = chance.choice((torch.float32, HALF)), chance.choice((0, 1, 2, 3, 99))
+        x, h = torch.randn(M, K, device=DEVICE).to(dtype), torch.randn(M, R, device=DEVICE)
+        out = poisoned(M, N, dtype=dtype)
+        options = {"h": h, "lora_B": lora_B, "gates": gates[None], "scaling": SCALING, "rows_per_sequence": M}
+        small_linear_4bit(x, data, statistics, N, blocksize, nested_blocksize, out=out, splits=splits, **options)
+        gate = SCALING * gates.double().repeat_interleave(R // gates.numel())
+        doubles = x.double(), exact.double(), None, h.double(), lora_B.double(), gate
+        truth = naive.naive_gated_linear(*doubles)
+        terms = naive.naive_gated_linear(*(t if t is None else t.abs() for t in doubles))
+        # The weight and y are rounded to the dtype of x, sums are float32; float16 has few small numbers.
+        allowed = (torch.finfo(dtype).eps + (K + R + 4) * torch.finfo(torch.float32).eps) * terms
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * (x.double().abs().sum(1)[:, None] + 1)
+        assert ((out.double() - truth).abs() <= allowed + smallest).all(), (M, shape, blocksize, R, dtype, splits)
 
 
 def test_small_product_refuses_many_rows():

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sda_fast import CMSALoss, InfoNCELoss, cached_contrastive_step, modality
+from sda_fast.losses import chunking
 from sda_fast.losses.chunking import CachedContrastiveStep, choose_chunk_size, split_batch
 from sda_fast.moda.config import MoDAConfig
 from sda_fast.moda.inject import adapt_model
@@ -228,6 +229,112 @@ def test_auto_chooses_from_free_memory_and_leaves_no_trace():
     cached_contrastive_step(encoder, [images], [texts], loss)
     for a, b in zip(automatic, gradients(encoder, loss), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_gradients_that_the_first_pass_allocates_do_not_count_as_an_items_memory(monkeypatch):
+    there = set()
+
+    def measured(encode, chunk, modality):
+        new = 0 if modality in there else 1000
+        there.add(modality)
+        return 100 * len(chunk) + new, torch.device("cpu")
+
+    monkeypatch.setattr(chunking, "_bytes_for_step", measured)
+    assert choose_chunk_size(Encoder(), *batch(), free_bytes=1000) == 6
+
+
+@pytest.mark.parametrize(("fitting", "chosen"), [(1, 1), (0, None)])
+def test_running_out_of_memory_while_measuring_loses_no_gradient(fitting, chosen):
+    images, texts = batch()
+    encoder, loss = Encoder(), CMSALoss()
+    parameters = [*encoder.parameters(), *loss.parameters()]
+
+    def encode(chunk, modality):
+        if len(chunk) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 TiB")
+        return encoder(chunk, modality)
+
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    step = CachedContrastiveStep(encode, loss, parameters)
+    torch.manual_seed(7)
+    if chosen is None:
+        with pytest.raises(torch.OutOfMemoryError):
+            step(images, texts)
+        assert all((parameter.grad == 1).all() for parameter in parameters)
+        torch.testing.assert_close(torch.get_rng_state(), torch.Generator().manual_seed(7).get_state())
+        return
+    step(images, texts)
+    assert step.chunk_size == chosen
+    measured = [gradient - 1 for gradient in gradients(encoder, loss)]
+    encoder.zero_grad()
+    loss.zero_grad()
+    torch.manual_seed(7)
+    cached_contrastive_step(encoder, images.split(1), texts.split(1), loss)
+    for a, b in zip(measured, gradients(encoder, loss), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_first_batch_of_one_item_does_not_settle_the_chunk_size():
+    images, texts = batch()
+    step = CachedContrastiveStep(Encoder(), lambda x, y: (x * y).sum(), [])
+    step(images[:1], texts[:1])
+    assert step.chunk_size == "auto"
+    step(images, texts)
+    assert step.chunk_size == 11
+
+
+def test_running_out_of_memory_in_the_loss_is_said_at_once(caplog):
+    images, texts = batch()
+    encoder = Encoder()
+
+    def loss(image_vectors, text_vectors):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 TiB")
+
+    step = CachedContrastiveStep(encoder, loss, encoder.parameters(), chunk_size=4)
+    with pytest.raises(RuntimeError, match="in the loss, not in a chunk") as raised:
+        step(images, texts)
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+    assert len(encoder.calls) == 6 and step.chunk_size == 4 and not caplog.records
+
+
+def test_an_error_of_the_step_keeps_the_gradients_from_before():
+    images, texts = batch()
+    encoder = Encoder()
+    parameters = list(encoder.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    step = CachedContrastiveStep(encoder, CMSALoss(), parameters, chunk_size=4)
+    with pytest.raises(ValueError, match="11 items but the text chunks 10"):
+        step(images, texts[:10])
+    assert all((parameter.grad == 1).all() for parameter in parameters)
+
+
+@pytest.mark.parametrize("chunk_size", ["big", None, 2.0, 0])
+def test_a_chunk_size_that_is_no_positive_integer_is_named(chunk_size):
+    with pytest.raises(ValueError, match=f"'auto' or a positive integer, got {chunk_size!r}"):
+        CachedContrastiveStep(Encoder(), CMSALoss(), [], chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "words"),
+    [
+        ({}, ValueError, "at least one column, got an empty mapping"),
+        ({"ids": torch.zeros(9), "names": ["a"] * 3}, ValueError, "same length, got ids: 9, names: 3"),
+        ({"ids": torch.zeros(9), "use_cache": False}, TypeError, "column 'use_cache': .* got bool"),
+        ({"ids": torch.zeros(9), "scale": torch.tensor(2.0)}, TypeError, "column 'scale': .* without dimensions"),
+    ],
+)
+def test_a_batch_that_cannot_be_cut_is_explained(images, error, words):
+    step = CachedContrastiveStep(Encoder(), CMSALoss(), [], chunk_size=2)
+    with pytest.raises(error, match=words):
+        step(images, images)
+
+
+def test_a_batch_without_items_is_one_chunk_without_items():
+    assert split_batch([], 2) == [[]]
+    assert split_batch({"names": []}, 2) == [{"names": []}]
+    assert [len(chunk) for chunk in split_batch(torch.zeros(0, 3), 2)] == [0]
 
 
 def test_batches_of_tensors_mappings_and_sequences_are_split():

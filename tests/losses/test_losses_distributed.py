@@ -5,6 +5,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sda_fast import CMSALoss, cmsa_loss
+from sda_fast.losses.cached import OutOfMemoryOnAnotherRank
 from sda_fast.losses.chunking import CachedContrastiveStep
 from sda_fast.losses.distributed import gather_embeddings, sharded_cmsa_loss, sum_gradients
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss
@@ -38,6 +39,8 @@ def check_rank(rank, folder):
             check_gathering(rank, sizes)
             for fails_with_graph in (False, True):
                 check_running_out_of_memory(rank, sizes, fails_with_graph)
+                for chunk_size in (1, "auto"):
+                    check_no_rank_waits_for_one_that_cannot_go_on(rank, sizes, fails_with_graph, chunk_size)
         except AssertionError as error:
             error.add_note(f"with {sizes} items on the ranks")
             raise
@@ -114,6 +117,32 @@ def check_running_out_of_memory(rank, sizes, fails_with_graph):
         results.append([value, *(parameter.grad for parameter in parameters), torch.rand(3)])
     for survived, expected in zip(*results, strict=True):
         torch.testing.assert_close(survived, expected)
+
+
+def check_no_rank_waits_for_one_that_cannot_go_on(rank, sizes, fails_with_graph, chunk_size):
+    """Not a single item fits on rank 1; a rank that waited would raise something else when its group times out."""
+    rows = own_rows(rank, sizes)
+    images, texts = (side[rows] for side in whole_batch(sum(sizes)))
+    encoder = torch.nn.Linear(6, 5).double()
+    encoder.weight.grad = torch.ones_like(encoder.weight)
+
+    def encode(chunk, modality):
+        if rank == 1 and torch.is_grad_enabled() == fails_with_graph:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 TiB")
+        return encoder(chunk)
+
+    step = CachedContrastiveStep(
+        encode, CMSALoss(across_ranks=True), encoder.parameters(), chunk_size=chunk_size, across_ranks=True
+    )
+    try:
+        step(images, texts)
+    except (torch.OutOfMemoryError, OutOfMemoryOnAnotherRank) as error:
+        # a rank without items encodes its empty chunk all the same
+        assert isinstance(error, torch.OutOfMemoryError) == (rank == 1)
+    else:
+        raise AssertionError(f"rank {rank} went on")
+    assert (encoder.weight.grad == 1).all()
+    dist.barrier()
 
 
 def check_gathering(rank, sizes):

@@ -7,6 +7,7 @@ import threading
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -246,7 +247,7 @@ def test_changing_a_saved_tensor_in_place_is_still_an_error(result: bool) -> Non
 def test_names_ids_and_tensors_mean_the_same() -> None:
     one, x = layer(), torch.randn(3, 2, 8, dtype=torch.float64)
     outputs = []
-    for which in ("text", 1, [1, 1, 1], torch.ones(3, 2, dtype=torch.int32), torch.tensor(1)):
+    for which in ("text", 1, [1, 1, 1], torch.ones(3, 2, dtype=torch.int32), torch.tensor(1), np.int64(1)):
         with modality(which):
             outputs.append(one(x))
     with modality("image"):
@@ -258,7 +259,11 @@ def test_names_ids_and_tensors_mean_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("which", "error"), [(-1, ValueError), ([0, -1], ValueError), (1.5, TypeError), (torch.ones(2), TypeError)]
+    ("which", "error"),
+    [
+        *((which, ValueError) for which in (-1, [0, -1], np.int64(-1), torch.tensor(-1))),
+        *((which, TypeError) for which in (1.5, torch.ones(2), np.float64(1), torch.tensor(True))),
+    ],
 )
 def test_wrong_ids_are_errors(which: Any, error: type[Exception]) -> None:
     with pytest.raises(error):

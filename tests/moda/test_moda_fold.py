@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -174,11 +175,14 @@ def test_a_layer_folds_by_itself_where_that_pays_and_keeps_nothing(
     assert calls == ["folded_output"]
 
 
-def test_where_kernels_decode_few_rows_are_multiplied_directly_and_others_folded() -> None:
-    packed = WeightLayout(256, 256, 1, 64)
-    for rows, way in ((1, "small product"), (64, "small product"), (65, "fold")):
-        assert evaluation_way(torch.zeros(rows, 256), packed, "triton", False) == Way(way)
-        assert evaluation_way(torch.zeros(rows, 256).half(), packed, "torch", True) == Way(way, by_library=True)
+def test_where_kernels_decode_the_weights_size_and_the_rows_decide_who_multiplies() -> None:
+    small, large = WeightLayout(512, 3584, 1, 64), WeightLayout(3584, 3584, 1, 64)
+    for rows, by_library, in_triton in ((1, "small product", "unfold"), (17, "fold", "unfold"), (9000, "fold", "fold")):
+        x = torch.zeros(1, 3584).half().expand(rows, 3584)
+        assert evaluation_way(x, large, "torch", True) == Way(by_library, by_library=True)
+        assert evaluation_way(x, large, "triton", False) == Way(in_triton)
+        assert evaluation_way(x, small, "torch", True) == Way("fold", by_library=True)
+        assert evaluation_way(x, small, "triton", False) == Way("fold")
     with pytest.raises(ValueError, match="'merge'"), forced_evaluation("merge"):  # type: ignore[arg-type]
         pass
 
@@ -224,7 +228,7 @@ def test_the_cuda_library_is_given_what_it_asks_for(rows: int, monkeypatch: pyte
     monkeypatch.setattr(cuda_library, "is_available", lambda device: True)
     monkeypatch.setattr(cuda_library, "decode_fold", decode_fold)
     monkeypatch.setattr(cuda_library, "linear", linear)
-    with torch.no_grad():
+    with torch.no_grad(), forced_evaluation("small product" if rows <= 64 else "fold", by_library=True):
         y = one(x, 1)
     assert called == ["linear" if rows <= 64 else "fold"]
     assert ((y.double() - one(x, 1).double()).abs() <= difference_bound(one, x, 1)).all()
@@ -309,10 +313,26 @@ def test_a_folded_model_keeps_the_weights_of_one_modality_until_unfolded(calls: 
         assert [list(model[i].folded.by_modality) for i in (0, 2)] == [[("image", "text").index(name)]] * 2
     unfold_model(model)
     assert not model[0].folded.by_modality and model[0].cache_folded is False
-    with pytest.raises(ValueError, match="'sound' is not among"):
-        fold_model(model, "sound")
+    for wrong in ("sound", 2, -1, True, 1.0):
+        with pytest.raises(ValueError, match=f"{wrong!r} is not among"):
+            fold_model(model, wrong)  # type: ignore[arg-type]
+    fold_model(model, torch.tensor(1))  # type: ignore[arg-type]
+    assert model[0].cache_folded == 1
     with pytest.raises(ValueError, match="Linear has no adapted layers"):
         fold_model(nn.Linear(2, 2), "text")
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_x_that_does_not_fit_is_the_same_error_with_kept_weights(keeps: bool) -> None:
+    one = layer(24, 16, cache_folded=keeps)
+    evaluate(one, torch.zeros(3, 16))
+    for x, message in (
+        (torch.zeros(3, 15), "the weight takes 16 features"),
+        (torch.tensor(1.0), r"x has shape \(\) but"),
+        (torch.ones(3, 16, dtype=torch.int64), "x must be one of float64, .* got int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(one, x)
 
 
 def sgd(one: MoDALinear, **options: object) -> None:
@@ -395,8 +415,34 @@ def load_adapter_state(one: MoDALinear) -> None:
     one.load_state_dict(adapter, strict=False)
 
 
+def in_state(change: Callable[[Any], None]) -> Callable[[MoDALinear], None]:
+    """A change of the 4-bit weight's quantisation state."""
+    return lambda one: change(one.weight.quant_state)
+
+
+def another_state(one: MoDALinear) -> None:
+    state = copy.deepcopy(one.weight.quant_state)
+    state.absmax = state.absmax.flip(0)
+    one.weight.quant_state = state
+
+
+CHANGES_OF_STATE: dict[str, Callable[[MoDALinear], None]] = {
+    "scales replaced": in_state(lambda state: setattr(state, "absmax", state.absmax.flip(0))),
+    "scales in place": in_state(lambda state: state.absmax.copy_(state.absmax.flip(0))),
+    "scales' data replaced": in_state(lambda state: setattr(state.absmax, "data", state.absmax.flip(0))),
+    "nested scales replaced": in_state(lambda state: setattr(state.state2, "absmax", state.state2.absmax * 3)),
+    "nested scales in place": in_state(lambda state: state.state2.absmax.mul_(3)),
+    "nested code replaced": in_state(lambda state: setattr(state.state2, "code", state.state2.code.flip(0))),
+    "nested code in place": in_state(lambda state: state.state2.code.neg_()),
+    "offset replaced": in_state(lambda state: setattr(state, "offset", state.offset * 3)),
+    "offset in place": in_state(lambda state: state.offset.mul_(3)),
+    "another state": another_state,
+}
 CHANGES_OF_4BIT = {
     **CHANGES,
+    **CHANGES_OF_STATE,
+    "code replaced": in_state(lambda state: setattr(state, "code", -state.code)),
+    "code in place": in_state(lambda state: state.code.neg_()),
     "base weight in place": codes_in_place,
     "load_state_dict": load_adapter_state,
     "other base layer": other_4bit_layer,

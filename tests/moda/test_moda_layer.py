@@ -109,6 +109,7 @@ def test_one_expert_is_plain_lora() -> None:
         ({"modality_names": ("image", "text", "sound")}, "3 modality_names for num_modalities=2"),
         ({"adapter_dtype": torch.int8}, "adapter_dtype must be one of .* got torch.int8"),
         ({"backend": "trition"}, "backend must be one of .* got 'trition'"),
+        *(({"cache_folded": which}, "is not among the adapter's 2 modalities") for which in ("imgae", 2, -1, 1.0)),
     ],
 )
 def test_wrong_options_are_errors_when_the_layer_is_made(options: dict, message: str) -> None:

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,9 +193,29 @@ def codes_in_place(one: MoDALinear) -> None:
         one.weight.bitwise_not_()
 
 
-def scales_replaced(one: MoDALinear) -> None:
-    state = one.weight.quant_state
+def in_state(change: Callable[[Any], None]) -> Callable[[MoDALinear], None]:
+    """A change of the 4-bit weight's quantisation state."""
+    return lambda one: change(one.weight.quant_state)
+
+
+def another_state(one: MoDALinear) -> None:
+    state = copy.deepcopy(one.weight.quant_state)
     state.absmax = state.absmax.flip(0)
+    one.weight.quant_state = state
+
+
+CHANGES_OF_STATE: dict[str, Callable[[MoDALinear], None]] = {
+    "scales replaced": in_state(lambda state: setattr(state, "absmax", state.absmax.flip(0))),
+    "scales in place": in_state(lambda state: state.absmax.copy_(state.absmax.flip(0))),
+    "scales' data replaced": in_state(lambda state: setattr(state.absmax, "data", state.absmax.flip(0))),
+    "nested scales replaced": in_state(lambda state: setattr(state.state2, "absmax", state.state2.absmax * 3)),
+    "nested scales in place": in_state(lambda state: state.state2.absmax.mul_(3)),
+    "nested code replaced": in_state(lambda state: setattr(state.state2, "code", state.state2.code.flip(0))),
+    "nested code in place": in_state(lambda state: state.state2.code.neg_()),
+    "offset replaced": in_state(lambda state: setattr(state, "offset", state.offset * 3)),
+    "offset in place": in_state(lambda state: state.offset.mul_(3)),
+    "another state": another_state,
+}
 
 
 def new_parameter(one: MoDALinear) -> None:
@@ -218,7 +239,7 @@ CHANGES: dict[str, Callable[[MoDALinear], None]] = {
     "other frozen weight": other_frozen_weight,
     "other base layer": other_base_layer,
     "codes in place": codes_in_place,
-    "scales replaced": scales_replaced,
+    **CHANGES_OF_STATE,
 }
 
 
@@ -232,6 +253,22 @@ def test_nothing_is_ever_stale(change: Callable[[MoDALinear], None]) -> None:
     assert one.repacked.kept is not None and not torch.equal(after, before)
     exact, bound = bounds(one, x)
     assert ((after.double() - exact).abs() <= bound).all()
+
+
+@needs_product
+@pytest.mark.parametrize("in_place", [True, False])
+def test_another_code_takes_effect(in_place: bool) -> None:
+    # Not in the table: on a CPU bitsandbytes decodes by the format's name and multiplies by what the code looks like.
+    one, x = layer(), few()
+    before = evaluate(one, x)
+    state = one.weight.quant_state
+    if in_place:
+        state.code.neg_()
+    else:
+        state.code = -state.code
+    after = evaluate(one, x)
+    one.free_kept_weights()
+    assert torch.equal(after, evaluate(one, x)) and not torch.equal(after, before)
 
 
 @needs_product
@@ -372,6 +409,30 @@ def test_a_peft_adapter_that_takes_over_is_what_computes() -> None:
 
 
 @needs_product
+@pytest.mark.parametrize("rows", [4, 400])
+def test_a_disabled_adapter_leaves_the_frozen_weight_as_it_is(rows: int, caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft")
+    from sda_fast.moda.peft_tuner import MoDAPeftConfig
+
+    model = peft.get_peft_model(
+        nn.ModuleDict({"self_attn": Attention(64, 32, 33)}), MoDAPeftConfig(num_experts=4, target_modules=r".*_proj")
+    ).eval()
+    block, x = model.base_model.model["self_attn"], few(rows)
+    parts = [block.q_proj, block.k_proj, block.v_proj]
+    before = [decode(*describe_weight(part.base_layer.weight), torch.float32).clone() for part in parts]
+    with torch.no_grad(), model.disable_adapter():
+        y = block(x)
+    for part, piece, weight in zip(parts, y.split([64, 32, 33], -1), before, strict=True):
+        assert not getattr(part.base_layer.weight.quant_state, "packing_format_for_cpu", False)
+        assert torch.equal(decode(*describe_weight(part.base_layer.weight), torch.float32), weight)
+        bias = part.base_layer.bias.bfloat16().double()
+        base = x.double().abs() @ weight.double().abs().t() + bias.abs()
+        bound = 4 * 2**-8 / (1 - 2**-5) * base + 2 * (K + 4) * 2**-24 * base
+        assert ((piece.double() - (x.double() @ weight.double().t() + bias)).abs() <= bound).all()
+    assert (parts[0].repacked.kept is not None) == (rows == 4) and not caplog.records
+
+
+@needs_product
 def test_autocast_goes_this_way_in_bfloat16() -> None:
     one = layer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -438,7 +499,7 @@ def test_the_copy_goes_with_its_weight() -> None:
     copied = one.repacked.kept
     assert copied.codes is not None
     one.base_layer.weight = frozen(blocksize=32).weight
-    assert copied.codes is None and copied.memory is None
+    assert copied.codes is None and copied.sources is None
     exact, bound = bounds(one, few())
     assert ((evaluate(one, few()).double() - exact).abs() <= bound).all()
 

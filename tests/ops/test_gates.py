@@ -96,3 +96,31 @@ def test_a_layer_whose_gate_parameters_do_not_fit_is_refused_too():
     layer.gate_proj.data = torch.zeros(5, 6)
     with pytest.raises(ValueError, match=r"got \(3, 7\) and \(5, 6\)"):
         layer(torch.zeros(2, 4), 0)
+
+
+@pytest.mark.parametrize("modality", [-1, 1])
+def test_layers_of_one_size_have_their_gates_from_one_launch(modality, monkeypatch):
+    from sda_fast.kernels import gates as kernels
+    from sda_fast.ops import gates as operation
+
+    layers = [*(parameters(seed=seed) for seed in range(4)), parameters(experts=4, seed=4), parameters(seed=5)]
+    gate_embeddings, gate_projs = map(list, zip(*layers, strict=True))
+    expected = torch.ops.sda_fast.moda_gates(gate_embeddings, gate_projs, modality)
+    weights = [torch.linspace(-1, 1, one.numel()).view(one.shape) for one in expected]
+    flat = [*gate_embeddings, *gate_projs]
+    gradients = torch.autograd.grad(expected, flat, weights)
+    launches = []
+
+    def counted(function):
+        return lambda *arguments, **options: launches.append(len(arguments[0])) or function(*arguments, **options)
+
+    monkeypatch.setattr(operation, "takes_triton", lambda *layers: True)
+    for name in ("gates_of_layers", "gates_backward_of_layers"):
+        monkeypatch.setattr(kernels, name, counted(getattr(kernels, name)))
+    ours = torch.ops.sda_fast.moda_gates(gate_embeddings, gate_projs, modality)
+    assert launches == [3, 1, 1, 1]
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for one, other in zip(torch.autograd.grad(ours, flat, weights), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert launches == 2 * [3, 1, 1, 1]

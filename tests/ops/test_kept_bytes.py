@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sda_fast import MoDAConfig, adapt_model, modality
+from sda_fast import MoDAConfig, MoDALinear, adapt_model, modality
 from sda_fast.ops.moda_linear import moda_linear_group
 
 ROWS, WIDTH = 256, 512
@@ -120,3 +120,40 @@ def test_a_decoder_layer_keeps_each_input_of_its_linear_layers_once_beyond_what_
     inputs = (3 * WIDTH + 2 * WIDTH) * ROWS * 2
     h = 7 * ROWS * 8 * 4
     assert of_adapted - of_frozen <= LITTLE_MORE[dropout] * inputs + h
+
+
+def layer_and_input() -> tuple[MoDALinear, torch.Tensor]:
+    layer = MoDALinear(nn.Linear(WIDTH, WIDTH), r=8, num_experts=8, lora_dropout=0.1).train()
+    return layer, torch.randn(ROWS, WIDTH, requires_grad=True)
+
+
+def test_hooks_for_saved_tensors_see_neither_frozen_weights_nor_parameters() -> None:
+    layer, x = layer_and_input()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
+        y = layer(x, 0)
+    known = {one.data_ptr() for one in layer.parameters()}
+    assert len(saved) <= 4
+    assert not known & {one.data_ptr() for one in saved}
+    y.sum().backward()
+    assert all(one.grad is not None for one in layer.adapter_tensors())
+
+
+def test_adapters_that_were_computed_are_saved_as_ever() -> None:
+    x = torch.randn(ROWS, WIDTH)
+    factor = torch.ones(1, requires_grad=True)
+    lora_A, lora_B, gates = torch.randn(8, WIDTH) * factor, torch.randn(WIDTH, 8) * factor, torch.rand(2, 8) * factor
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
+        moda_linear_group(x, [torch.eye(WIDTH)], [lora_A], [lora_B], [gates], 0, scalings=[1.0], biases=[None])
+    assert {one.data_ptr() for one in (lora_A, lora_B)} <= {one.data_ptr() for one in saved}
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "gate_embedding", "gate_proj", "base_layer.weight"])
+def test_a_change_in_place_between_forward_and_backward_is_an_error(name: str) -> None:
+    layer, x = layer_and_input()
+    y = layer(x, 0)
+    with torch.no_grad():
+        layer.get_parameter(name).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sda_fast.ops import measured, repacked
-from sda_fast.ops.fold_regimes import Way, evaluation_way, possible_ways
+from sda_fast.ops import fold_regimes, measured, repacked
+from sda_fast.ops.fold_regimes import Way, evaluation_way, possible_ways, way_by_rule, way_of
 from sda_fast.ops.measured import chip_name, document_of, fastest, table_path
 from sda_fast.ops.quantized import WeightLayout
 
 CPU = torch.device("cpu")
 CHIP = chip_name(CPU)
+GPU = torch.device("cuda", 0)
+PACKAGED = Path(measured.__file__).with_name("tables")
 FOLD, UNFOLD = "fold", "unfold"
 
 
@@ -55,8 +57,29 @@ def ask(M: int, N: int, K: int, possible: tuple[str, ...] = (FOLD, UNFOLD), **op
 def test_the_nearest_layer_then_the_nearest_rows_decide(user_tables: Path) -> None:
     lines = [record(1, 512, 512, fold=2, unfold=1), record(4096, 512, 512, fold=1, unfold=2)]
     write(user_tables, *lines, record(16, 700, 512, fold=1, unfold=2))
-    assert [ask(M, 512, 512) for M in (1, 60, 70, 4096, 10**6)] == [UNFOLD, UNFOLD, FOLD, FOLD, FOLD]
-    assert ask(1, 690, 512) == FOLD
+    assert [ask(M, 512, 512) for M in (1, 4, 4096, 10**6)] == [UNFOLD, UNFOLD, FOLD, FOLD]
+    assert ask(16, 690, 512) == ask(16, 512, 512) == FOLD
+
+
+def test_few_rows_do_not_answer_for_many(user_tables: Path) -> None:
+    few = [record(M, 512, 512, fold=2, unfold=1) for M in (1, 16, 64)]
+    write(user_tables, *few, record(8192, 4096, 4096, fold=1, unfold=2))
+    assert [ask(M, 512, 512) for M in (64, 256, 257, 8192)] == [UNFOLD, UNFOLD, None, None]
+    # A layer like it that was measured with as many rows does.
+    write(user_tables, *few, record(8192, 700, 512, fold=1, unfold=2))
+    assert [ask(M, 512, 512) for M in (256, 1024, 2048, 8192, 10**6)] == [UNFOLD, None, FOLD, FOLD, FOLD]
+
+
+def test_other_16_bits_and_4_bits_stand_in_only_where_nothing_else_was_measured(user_tables: Path) -> None:
+    line = record(16, 512, 512, dtype="bfloat16", weight="nf4", fold=1, unfold=2)
+    write(user_tables, line)
+    for dtype in (torch.bfloat16, torch.float16):
+        for weight in ("nf4", "fp4"):
+            assert ask(16, 512, 512, dtype=dtype, weight=weight) == FOLD
+    assert ask(16, 512, 512, weight="nf4") is None and ask(16, 512, 512, dtype=torch.float16) is None
+    write(user_tables, line, record(16, 600, 512, dtype="float16", weight="fp4", fold=2, unfold=1))
+    assert ask(16, 512, 512, dtype=torch.float16, weight="fp4") == UNFOLD
+    assert ask(16, 512, 512, dtype=torch.bfloat16, weight="fp4") == FOLD
 
 
 def test_layers_dtypes_and_weights_that_were_not_measured_have_no_answer(user_tables: Path) -> None:
@@ -99,6 +122,66 @@ def test_the_users_table_comes_before_the_packaged_one(user_tables: Path, tmp_pa
     assert ask(4, 512, 512) == FOLD
     write(user_tables, record(4, 512, 512, fold=2, unfold=1))
     assert ask(4, 512, 512) == UNFOLD
+
+
+def test_the_packaged_table_answers_where_the_users_has_nothing_alike(user_tables: Path, tmp_path: Path) -> None:
+    write(tmp_path / "packaged", record(4, 512, 512, fold=1, unfold=2), record(512, 512, 512, fold=1, unfold=2))
+    write(user_tables, record(4, 4096, 4096, fold=2, unfold=1), record(4, 512, 512, fold=2, unfold=1))
+    assert ask(4, 4096, 4096) == ask(4, 512, 512) == UNFOLD
+    assert ask(512, 512, 512) == FOLD
+    write(user_tables)
+    assert ask(4, 512, 512) == FOLD
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> measured.Table:
+    """The packaged table of the H200, as if this were one."""
+    monkeypatch.setattr(measured, "PACKAGED_TABLES", PACKAGED)
+    monkeypatch.setattr(measured, "chip_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(fold_regimes, "bitsandbytes_multiplies", lambda device, dtype, layout: layout.quant_type != 0)
+    measured.forget()
+    (table,) = measured.tables_of("NVIDIA H200")
+    return table
+
+
+def on_a_gpu(rows: int, N: int, K: int, use_library: bool, dtype: torch.dtype = torch.bfloat16, kind: int = 1) -> str:
+    return way_of(GPU, dtype, rows, WeightLayout(N, K, kind, 64, 256), "triton", use_library, False, None).name
+
+
+def test_no_measurement_of_few_rows_decides_about_many_on_an_h200(h200: measured.Table) -> None:
+    shapes = [(3584, 3584), (512, 3584), (18944, 3584), (3584, 18944), (4096, 4096), (14336, 4096), (8192, 8192)]
+    for N, K in shapes:
+        for rows in (1, 16, 64, 256, 1024, 8192, 30_000):
+            for weight in ("nf4", "float"):
+                line = h200.nearest(fold_regimes.DECISION, "bfloat16", weight, rows, N, K, 8)
+                assert line is None or 1 / 4 <= line.rows / min(rows, 8192) <= 4
+        assert on_a_gpu(8192, N, K, use_library=True) == "fold by the library"
+    # 115 us unfolded and 134 us folded with 64 rows.
+    assert on_a_gpu(64, 18944, 3584, use_library=True) == "unfold"
+    assert on_a_gpu(1, 18944, 3584, use_library=False) == "bitsandbytes"
+
+
+def test_float16_and_fp4_go_the_ways_of_the_measured_kind_on_an_h200(h200: measured.Table) -> None:
+    for rows, N, use_library in ((1, 18944, False), (64, 3584, True), (64, 18944, True), (8192, 3584, False)):
+        expected = on_a_gpu(rows, N, 3584, use_library)
+        assert on_a_gpu(rows, N, 3584, use_library, torch.float16) == expected
+        assert on_a_gpu(rows, N, 3584, use_library, kind=2) == expected
+
+
+@pytest.mark.parametrize("bitsandbytes", [True, False])
+@pytest.mark.parametrize("use_library", [True, False])
+def test_the_rule_takes_nearly_the_fastest_way_wherever_a_gpu_was_measured(
+    use_library: bool, bitsandbytes: bool, h200: measured.Table
+) -> None:
+    lines = [line for line in h200.measurements if line.decision == fold_regimes.DECISION]
+    assert len(lines) == 30
+    for line in lines:
+        names = [name for name in line.microseconds if use_library or not name.endswith(" by the library")]
+        names = [name for name in names if bitsandbytes or name != "bitsandbytes"]
+        ways = tuple(Way(name.removesuffix(" by the library"), name.endswith("library")) for name in names)  # type: ignore[arg-type]
+        layout = WeightLayout(line.out_features, line.in_features, *((1, 64, 256) if line.weight == "nf4" else ()))
+        chosen = way_by_rule(GPU, torch.bfloat16, line.rows, layout, "triton", ways).name
+        assert line.microseconds[chosen] <= 1.01 * min(line.microseconds[name] for name in names), (line, chosen)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +275,7 @@ def refuse(*arguments): raise AssertionError("a device was asked for")
 torch.cuda.is_available = torch.cuda.get_device_name = torch.cuda.device_count = refuse
 import sda_fast
 from sda_fast.ops import fold_regimes, measured, regimes
-assert not measured.table_of.cache_info().currsize and not measured.chip_name.cache_info().currsize
+assert not measured.tables_of.cache_info().currsize and not measured.chip_name.cache_info().currsize
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

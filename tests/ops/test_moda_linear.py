@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sda_fast
+from sda_fast.ops import quantized
 from sda_fast.ops.dropout import dropout_scale, keep_mask
+from sda_fast.ops.moda_group import layout_numbers, moda_group_backward_kernel
 from sda_fast.ops.moda_linear import ids_of, moda_linear, moda_linear_group
 from sda_fast.ops.moda_naive import moda_linear_naive
 from sda_fast.ops.quantized import decode, describe_weight
@@ -318,6 +323,10 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs_dtypes
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"dropout": 0.5, "seed": -1}, "seed must be in"),
         ({"dropout": 0.5, "seed": torch.tensor([-1])}, "seed must be in .* got -1"),
+        *(
+            ({"x": torch.ones(2, 3, 17).to(dtype)}, f"must be one of float64, .* got {str(dtype)[6:]}")
+            for dtype in (torch.int64, torch.bool, torch.float8_e4m3fn)
+        ),
         ({"backend": "cuda"}, "backend must be one of"),
         ({"backend": "triton"}, "float32, float16 or bfloat16"),
     ],
@@ -339,6 +348,62 @@ def test_ids_are_moved_to_x_as_int64() -> None:
     moved = ids_of(x, torch.tensor([0, 3], dtype=torch.int32), 4)
     assert moved is not None
     assert (moved.device, moved.dtype, moved.shape) == (x.device, torch.int64, (2,))
+
+
+@pytest.mark.parametrize("which", [np.int64(2), np.uint8(2), torch.tensor(2), torch.tensor(2, dtype=torch.int32)])
+def test_an_id_without_dimensions_counts_as_one_for_all(which: Any) -> None:
+    c = case(((2, 3), 17, 9, 8, 4), "one id")
+    assert torch.equal(moda_linear(**{**c, "modality_ids": which}), moda_linear(**c))
+    with pytest.raises(ValueError, match="modality id 3"):
+        moda_linear(**{**c, "modality_ids": which + 1})
+    with pytest.raises(ValueError, match="must be integers"):
+        moda_linear(**{**c, "modality_ids": which * 1.0})
+
+
+class Allocations(TorchDispatchMode):
+    """Inside, `sizes` has the bytes of every storage that an operation makes, by address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.held: list[Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                self.held.append(tensor)
+        return result
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_dx_of_a_4bit_layer_needs_no_memory_but_its_own_and_the_workspace(
+    nested: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    # As if the weight were too large for an allocation of its own, decoded few rows at a time.
+    monkeypatch.setattr(quantized, "LARGEST_REUSED_ALLOCATION", 0)
+    monkeypatch.setattr(quantized, "ELEMENTS_PER_CHUNK", 8 * 320)
+    M, N, K = 64, 256, 320
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = bnb.nn.Params4bit(torch.randn(N, K), requires_grad=False, quant_type="nf4", compress_statistics=nested)
+    layout, data, statistics = describe_weight(weight.to(device))
+    dy, lora_A, lora_B = (torch.randn(*shape, device=device) for shape in ((M, N), (8, K), (N, 8)))
+    adapters = [lora_A, lora_B, torch.rand(1, 4, device=device)]
+    frozen, numbers, wanted = [data, *statistics], layout_numbers(layout, False), [True, False, False, False]
+    quantized.workspaces.take((N, K), dy.dtype, dy.device).fill_(torch.nan)
+    with Allocations() as made:
+        (dx,) = moda_group_backward_kernel(
+            [dy], None, None, None, frozen, adapters, numbers, [2.0], None, 0.0, None, wanted, backend
+        )
+    large = {address for address, size in made.sizes.items() if size > dx.nbytes // 4}
+    assert large == {dx.untyped_storage().data_ptr()} and dx.nbytes == M * K * 4
+    plain = decode(layout, data, statistics, torch.float32)
+    gate = 2.0 * adapters[2].repeat_interleave(2)
+    torch.testing.assert_close(dx, dy @ plain + (dy @ lora_B * gate) @ lora_A, rtol=1e-4, atol=1e-3)
 
 
 def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,25 @@ def test_weights_repacked_for_cpu_evaluation_are_restored(nested: bool) -> None:
     assert (after - weight).abs().mean() < 0.1
 
 
+def test_what_is_restored_under_inference_mode_can_be_trained_beside() -> None:
+    from sda_fast import MoDALinear
+
+    base = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+    layer, x = MoDALinear(base, num_experts=4), torch.randn(40, 128).bfloat16()
+    with torch.inference_mode():
+        base.weight.data, base.weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(
+            base.weight.data, base.weight.quant_state
+        )
+        # bitsandbytes casts a bias in its evaluation.
+        base.bias.data = base.bias.data.bfloat16()
+        assert base.weight.is_inference() and base.bias.is_inference()
+        layer.eval()(x, 1)
+    assert not base.weight.quant_state.packing_format_for_cpu
+    assert not any(tensor.is_inference() for tensor in (base.weight, *describe_weight(base.weight)[2]))
+    layer.train()(x, 1).sum().backward()
+    assert layer.lora_B.grad.norm() > 0
+
+
 def saved_and_loaded(layer: nn.Module, tmp_path: Path) -> nn.Module:
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     other = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4")
@@ -173,3 +192,18 @@ def test_kinds_of_layers() -> None:
     assert layer_kind(bnb.nn.LinearNF4(4, 4)) == "4bit"
     assert layer_kind(nn.Bilinear(4, 4, 4)) is None
     assert layer_kind(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)) is None
+
+
+def test_a_workspace_made_in_inference_mode_serves_outside_of_it_too() -> None:
+    pool, cpu = quantized.WorkspacePool(), torch.device("cpu")
+    with torch.inference_mode():
+        first = pool.take((4, 8), torch.float32, cpu)
+    assert not first.is_inference()
+    first.fill_(1)
+    assert pool.take((4, 8), torch.float32, cpu) is first
+    with torch.inference_mode():
+        smaller = pool.take((2, 3), torch.bfloat16, cpu)
+    smaller.zero_()
+    assert smaller.data_ptr() == first.data_ptr()
+    larger = pool.take((64, 8), torch.float32, cpu)
+    assert larger.shape == (64, 8) and pool.take((4, 8), torch.float32, cpu).data_ptr() == larger.data_ptr()

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from sda_fast.data.interactions import Interactions
+from sda_fast.data.split import leave_one_out
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss
 from sda_fast.recommend import RecommendConfig
-from sda_fast.recommend.training import _alignment
+from sda_fast.recommend.training import _alignment, train_sequence_model
 
 PROGRAM = """
 import sys
@@ -49,6 +51,33 @@ def test_every_position_that_is_not_padding_counts_once():
     seen = [2, 0, 1, 2, 2, 4]
     expected = naive_cmsa_loss(vectors[place[seen]], align_to[seen], 2.0)
     torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize(
+    ("over", "inputs"),
+    [("positions", [[5, 5, 5, 2]]), ("positions", [[5, 6, 6, 6]]), ("items", [[2, 2, 2, 2]])],
+    ids=["one short window", "every item masked", "one item again and again"],
+)
+def test_a_batch_without_two_rows_to_contrast_has_no_alignment_term(over, inputs):
+    items, place = torch.tensor([0, 1, 2, 4]), np.array([0, 1, 2, 0, 3])
+    config = RecommendConfig(**settings(alignment_over=over))
+    vectors = torch.randn(4, 3, requires_grad=True)
+    value = _alignment(config, vectors, items, np.array(inputs), 5, place, torch.randn(5, 3))
+    assert value.item() == 0 and not value.requires_grad
+
+
+@pytest.mark.parametrize("name", ["sasrec", "bert4rec"])
+def test_training_with_alignment_survives_windows_of_one_item(name):
+    # four interactions leave two to train on: one input of sasrec, and in bert4rec sometimes both are masked
+    interactions = [(user, item) for user in range(4) for item in range(user, user + 4)]
+    users, items = np.array(interactions, dtype=np.int32).T
+    names = [str(user) for user in range(4)], [str(item) for item in range(9)]
+    split = leave_one_out(Interactions(*names, users, items, np.arange(len(users), dtype=np.float64)))
+    config = RecommendConfig(
+        **settings(alignment_weight=1.0, batch_positions=1, epochs=2, embedding_dim=8, max_length=4, progress=False)
+    )
+    network, log = train_sequence_model(name, split, config, 0, table=torch.randn(9, 5), align_to=torch.randn(9, 8))
+    assert np.isfinite(log.losses).all() and not network.training
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
