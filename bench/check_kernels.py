@@ -13,6 +13,9 @@ import sys
 import torch
 
 from sda_fast.kernels import moda_naive as naive
+from sda_fast.kernels.gates import gates_backward_of_layers, gates_of_layers
+from sda_fast.kernels.moda_backward import dy_pass_of_group, fuses_dy
+from sda_fast.kernels.moda_forward import expand_group
 from sda_fast.kernels.moda_gemm import gated_linear
 from sda_fast.kernels.nf4 import decode_4bit
 from sda_fast.kernels.nf4_linear import small_linear_4bit
@@ -81,6 +84,56 @@ def moda_ratios(
     return ratios
 
 
+def group_ratios(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """The worst error ratio over three layers that share x, in one launch each; of the gates' kernels, too."""
+    M, _, N, R, E = shape
+    widths = (N, 2 * N + 1, 3)
+    h, dh = torch.randn(M, 3 * R, device=device), torch.empty(M, 3 * R, device=device)
+    lora_B = [torch.randn(width, R, device=device) * 0.1 for width in widths]
+    gates, ids = [torch.rand(2, E, device=device) for _ in widths], torch.randint(0, 2, (M,), device=device)
+    dys = [torch.randn(M, width, device=device).to(dtype) for width in widths]
+    outs = [torch.full_like(dy, float("nan")) for dy in dys]
+    expand_group(h, lora_B, gates, ids, SCALING, biases=[dy[0] for dy in dys], outs=outs)
+    _, dB, dgates = dy_pass_of_group(dys, h, lora_B, gates, ids, SCALING, dh_out=dh) if fuses_dy(R) else (None,) * 3
+    ratios = {"expand, group": 0.0} | ({"dy_pass, group": 0.0} if fuses_dy(R) else {})
+    for layer, (dy, out) in enumerate(zip(dys, outs, strict=True)):
+        columns = slice(layer * R, (layer + 1) * R)
+        gate = naive.naive_gate(gates[layer], ids, SCALING, M, R)
+        given = (dy[:1].expand_as(dy), h[:, columns], lora_B[layer], gate)
+        both = naive.naive_expand_add(*given), naive.naive_expand_add(*doubled(*given))
+        ratios["expand, group"] = max(ratios["expand, group"], error_ratio(out, *both))
+        if dB is not None:
+            given = (dy, h[:, columns], lora_B[layer], gates[layer], ids, SCALING)
+            results = (dh[:, columns], dB[layer], dgates[layer])
+            triples = zip(results, naive.naive_dy_pass(*given), naive.naive_dy_pass(*doubled(*given)), strict=True)
+            ratios["dy_pass, group"] = max(ratios["dy_pass, group"], *(error_ratio(*triple) for triple in triples))
+    return ratios | gates_ratios(E, device)
+
+
+def gates_ratios(E: int, device: torch.device) -> dict[str, float]:
+    """Of the gates and their gradients, three layers in one launch each way."""
+    embeddings, projs = ([torch.randn(lines, 65, device=device) * 0.35 for _ in range(3)] for lines in (2, E))
+    gates, directions = gates_of_layers(embeddings, projs, 0, 2), [torch.randn(2, E, device=device) for _ in range(3)]
+    needed = {"needs_embedding": True, "needs_proj": True}
+    of_embeddings, of_projs = gates_backward_of_layers(directions, gates, embeddings, projs, 0, **needed)
+    ratios = {"gates": 0.0, "gates, backward": 0.0}
+    for layer, given in enumerate(zip(embeddings, projs, directions, strict=True)):
+        plain, truth = naive_gates(*given), naive_gates(*(one.double() for one in given))
+        results = (gates[layer], of_embeddings[layer], of_projs[layer])
+        ratio, *of_gradients = (error_ratio(*triple) for triple in zip(results, plain, truth, strict=True))
+        ratios["gates"] = max(ratios["gates"], ratio)
+        ratios["gates, backward"] = max(ratios["gates, backward"], *of_gradients)
+    return ratios
+
+
+def naive_gates(embedding: torch.Tensor, proj: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The gates, and the gradients of their parameters in a direction; sums without tensor cores."""
+    gates = torch.softmax((embedding[:, None] * proj).sum(-1), -1)
+    dlogits = gates * (direction - (direction * gates).sum(-1, keepdim=True))
+    dembedding, dproj = (dlogits[:, :, None] * proj).sum(1), (dlogits[:, :, None] * embedding[:, None]).sum(0)
+    return gates, dembedding, dproj
+
+
 def four_bit_ratios(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """The error ratios of the 4-bit kernels, on random codes and scales."""
     M, K, N, R, E = shape
@@ -122,7 +175,7 @@ def main() -> int:
     for shape, dtype, passes in cases:
         ratios = moda_ratios(shape, dtype, device, passes)
         if passes is TRITON:
-            ratios |= four_bit_ratios(shape, dtype, device)
+            ratios |= four_bit_ratios(shape, dtype, device) | group_ratios(shape, dtype, device)
         for name, ratio in ratios.items():
             failures += ratio > 1
             verdict = "ok" if ratio <= 1 else "FAILED"

@@ -31,7 +31,7 @@ if [ ! -f "$library" ] && { command -v nvcc || [ -x "${CUDA_HOME:-/usr/local/cud
     SDA_FAST_CUDA_TARGETS=$capability step library 115 "$python" csrc/compile.py "$library"
 fi
 step kernels 80 "$python" bench/check_kernels.py
-suite=(tests/kernels/test_moda_kernels.py tests/kernels/test_nf4_kernels.py tests/csrc/test_csrc_on_gpu.py tests/csrc/test_csrc_passes_on_gpu.py tests/ops tests/moda)
+suite=(tests/kernels/test_moda_kernels.py tests/kernels/test_gates_kernels.py tests/kernels/test_nf4_kernels.py tests/csrc/test_csrc_on_gpu.py tests/csrc/test_csrc_passes_on_gpu.py tests/ops tests/moda)
 if "$python" -c 'import xdist' 2>/dev/null; then
     # Compiling takes most of the time.
     step suite 110 "$python" -m pytest -p no:cacheprovider -n 12 --dist worksteal "${suite[@]}"

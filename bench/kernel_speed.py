@@ -19,6 +19,9 @@ import torch
 import triton
 
 import check_kernels
+from sda_fast.kernels.gates import gates_of_layers
+from sda_fast.kernels.moda_backward import dy_pass_of_group, fuses_dy
+from sda_fast.kernels.moda_forward import expand_group
 from sda_fast.kernels.moda_gemm import gated_linear
 from sda_fast.kernels.nf4 import decode_4bit
 from sda_fast.kernels.nf4_linear import small_linear_4bit
@@ -103,6 +106,47 @@ def cases(M: int, K: int, N: int, R: int, device: torch.device) -> dict[str, tup
     }
 
 
+def group_cases(M: int, R: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int, str]]:
+    """The same for q, k and v of Qwen2.5-VL-7B in one launch, and one by one."""
+    widths, lines = (3584, 512, 512), torch.rand(1, EXPERTS, device=device)
+    outs = [torch.randn(M, width, device=device).to(DTYPE) for width in widths]
+    lora_B = [torch.randn(width, R, device=device) * 0.01 for width in widths]
+    gates, h, nothing = [lines] * 3, torch.randn(M, 3 * R, device=device), [None] * 3
+    parts = [h[:, place * R : (place + 1) * R] for place in range(3)]
+    layers = list(zip(outs, parts, lora_B, gates, strict=True))
+    embeddings, projs = ([torch.randn(count, 64, device=device) for _ in widths] for count in (2, EXPERTS))
+    moved = sum(out.nbytes + matrix.nbytes for out, matrix in zip(outs, lora_B, strict=True))
+    found = {
+        "expand, q k v": (
+            lambda: expand_group(h, lora_B, gates, None, SCALING, biases=nothing, outs=outs),
+            moved + h.nbytes,
+            "expand, group",
+        ),
+        "expand, one by one": (
+            lambda: [TRITON.expand(part, B, gate, None, SCALING, out=out) for out, part, B, gate in layers],
+            moved + h.nbytes,
+            "expand",
+        ),
+        "gates, q k v": (
+            lambda: gates_of_layers(embeddings, projs, 0, 1),
+            sum(one.nbytes for one in (*embeddings, *projs)),
+            "gates",
+        ),
+        "dy_pass, one by one": (
+            lambda: [TRITON.dy_pass(dy, part, B, gate, None, SCALING) for dy, part, B, gate in layers],
+            moved + 2 * h.nbytes,
+            "dy_pass",
+        ),
+    }
+    if fuses_dy(R):
+        found["dy_pass, q k v"] = (
+            lambda: dy_pass_of_group(outs, h, lora_B, gates, None, SCALING),
+            moved + 2 * h.nbytes,
+            "dy_pass, group",
+        )
+    return found
+
+
 def four_bit_cases(K: int, N: int, R: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int, str]]:
     """The same for the 4-bit kernels."""
     data = torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8, device=device)
@@ -146,6 +190,7 @@ def main() -> int:
     torch.manual_seed(0)
     shape = check_kernels.SHAPES[0]
     ratios = check_kernels.moda_ratios(shape, DTYPE, device) | check_kernels.four_bit_ratios(shape, DTYPE, device)
+    ratios |= check_kernels.group_ratios(shape, DTYPE, device)
     lacking = cuda_library.reason_unavailable(device)
     if lacking is None:
         ratios |= check_kernels.moda_ratios(check_kernels.CUDA_SHAPES[-1], DTYPE, device, CUDA)
@@ -158,7 +203,7 @@ def main() -> int:
     rows = []
     for M, R in [(8192, 8)] if arguments.quick else [(8192, 8), (8192, 64), (512, 8), (32768, 8)]:
         K = N = 3584
-        todo = cases(M, K, N, R, device)
+        todo = cases(M, K, N, R, device) | group_cases(M, R, device)
         if M == 8192:
             todo |= four_bit_cases(K, N, R, device)
         for case, (launch, moved, checked_by) in todo.items():

@@ -132,8 +132,8 @@ def statistics(
     Returns:
         [column blocks, 8, rows] and, if two-sided, [row blocks, 8, columns], float32: the largest product and the sum
         of exponentials relative to it for L's row, L's column and S's row; the mean under the teacher of the products
-        x_i y_j (row-normalised: plus x_j y_i) less a reference, and the reference. Hard targets: twice the product
-        x_i y_i, of one part, and nothing.
+        x_i y_j (row-normalised: plus x_j y_i) less a reference, and the reference. Hard targets: the product x_i y_i,
+        of one part, and nothing.
     """
     config = config or _chosen("statistics", x, products)
     row_blocks, column_blocks = _grid(config, rows, columns)
@@ -160,11 +160,11 @@ def target_sums(
     """Second-sweep parts of a block.
 
     Args:
-        vectors: [4, B] contiguous float32: s in units of the products and c in bits, each as high and low part.
+        vectors: [4, B] contiguous float32: c and s in units of the products, each as high and low part.
 
     Returns:
-        [column blocks, 4, rows] and, if two-sided, [row blocks, 4, columns], float32: sum_j T_ji, sum_j T_ij, and
-        sum_j T_ij c_j of the high and of the low part.
+        [column blocks, 4, rows] and, if two-sided, [row blocks, 4, columns], float32: sum_j T_ji, sum_j T_ij, the high
+        part of a c_j as reference, and sum_j T_ij (c_j less the reference).
     """
     config = config or _chosen("target_sums", x, products)
     row_blocks, column_blocks = _grid(config, rows, columns)

@@ -187,7 +187,7 @@ def store_statistics(
         tl.store(out_ptrs + 7 * length, reference, mask=local_mask)
         target_logits = tl.sum(exponentials * relative, AXIS) / sums
     else:
-        target_logits = tl.sum(tl.where(on_diagonal, 2.0 * own_logits, 0.0), AXIS)
+        target_logits = tl.sum(tl.where(on_diagonal, own_logits, 0.0), AXIS)
     tl.store(out_ptrs + 6 * length, target_logits, mask=local_mask)
 
 
@@ -312,6 +312,24 @@ def below(scores, high, low, scale):
     return tl.where(difference > 0, 0.0, difference)
 
 
+@triton.jit
+def store_target_sums(
+    out_ptr, part, local, local_mask, length, teacher, targets, transposed_targets, c, c_low, mask, AXIS: tl.constexpr
+):
+    """Reduce one tile along an axis and leave part `part` of [parts, 4, length]; see `target_sums`."""
+    out_ptrs = out_ptr + part.to(tl.int64) * 4 * length + local
+    tl.store(out_ptrs, tl.sum(transposed_targets, AXIS), mask=local_mask)
+    tl.store(out_ptrs + length, tl.sum(targets, AXIS), mask=local_mask)
+    # relative to a likeliest target's, so that a teacher certain of one target gives exactly its c
+    scores = tl.where(mask, teacher, float("-inf"))
+    likeliest = scores == tl.expand_dims(tl.max(scores, AXIS), AXIS)
+    reference = tl.max(tl.where(likeliest, c, float("-inf")), AXIS)
+    reference = tl.where(reference == float("-inf"), 0.0, reference)
+    tl.store(out_ptrs + 2 * length, reference, mask=local_mask)
+    relative = (c - tl.expand_dims(reference, AXIS)) + c_low
+    tl.store(out_ptrs + 3 * length, tl.sum(targets * relative, AXIS), mask=local_mask)
+
+
 @kernel
 def target_sums_kernel(
     x_ptr,
@@ -388,23 +406,41 @@ def target_sums_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     row_vectors = vectors_ptr + rows
     column_vectors = vectors_ptr + columns
-    s_rows, s_rows_low = load_pair(row_vectors, 0, items_count, row_mask, 1)
-    s_columns, s_columns_low = load_pair(column_vectors, 0, items_count, column_mask, 0)
-    c_columns, c_columns_low = load_pair(column_vectors, 2, items_count, column_mask, 0)
+    s_rows, s_rows_low = load_pair(row_vectors, 2, items_count, row_mask, 1)
+    s_columns, s_columns_low = load_pair(column_vectors, 2, items_count, column_mask, 0)
+    c_columns, c_columns_low = load_pair(column_vectors, 0, items_count, column_mask, 0)
     targets = tl.where(mask, tl.exp2(below(teacher, s_rows, s_rows_low, teacher_scale)), 0.0)
     transposed_targets = tl.where(mask, tl.exp2(below(teacher, s_columns, s_columns_low, teacher_scale)), 0.0)
-    row_ptrs = for_rows_ptr + column_block.to(tl.int64) * 4 * rows_count + local_rows
-    tl.store(row_ptrs, tl.sum(transposed_targets, 1), mask=row_mask)
-    tl.store(row_ptrs + rows_count, tl.sum(targets, 1), mask=row_mask)
-    tl.store(row_ptrs + 2 * rows_count, tl.sum(targets * c_columns, 1), mask=row_mask)
-    tl.store(row_ptrs + 3 * rows_count, tl.sum(targets * c_columns_low, 1), mask=row_mask)
+    store_target_sums(
+        for_rows_ptr,
+        column_block,
+        local_rows,
+        row_mask,
+        rows_count,
+        teacher,
+        targets,
+        transposed_targets,
+        c_columns,
+        c_columns_low,
+        mask,
+        1,
+    )
     if TWO_SIDED:
-        c_rows, c_rows_low = load_pair(row_vectors, 2, items_count, row_mask, 1)
-        column_ptrs = for_columns_ptr + row_block.to(tl.int64) * 4 * columns_count + local_columns
-        tl.store(column_ptrs, tl.sum(targets, 0), mask=column_mask)
-        tl.store(column_ptrs + columns_count, tl.sum(transposed_targets, 0), mask=column_mask)
-        tl.store(column_ptrs + 2 * columns_count, tl.sum(transposed_targets * c_rows, 0), mask=column_mask)
-        tl.store(column_ptrs + 3 * columns_count, tl.sum(transposed_targets * c_rows_low, 0), mask=column_mask)
+        c_rows, c_rows_low = load_pair(row_vectors, 0, items_count, row_mask, 1)
+        store_target_sums(
+            for_columns_ptr,
+            row_block,
+            local_columns,
+            column_mask,
+            columns_count,
+            teacher,
+            transposed_targets,
+            targets,
+            c_rows,
+            c_rows_low,
+            mask,
+            0,
+        )
 
 
 @kernel

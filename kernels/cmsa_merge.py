@@ -14,9 +14,18 @@ BLOCK_PARTS, BLOCK_ITEMS, NUM_WARPS = 16, 32, 4
 
 
 @triton.jit
-def log_add_exp2(left, right):
-    largest = tl.maximum(left, right)
-    return largest + tl.log2(tl.exp2(left - largest) + tl.exp2(right - largest))
+def merge_sums(ptrs, stride, mask, largest, sums, scale):
+    """Add sums relative to `largest` to a line of maxima and the one of sums after it.
+
+    Returns what the sums that were there and the new ones had to be multiplied by.
+    """
+    before = tl.load(ptrs, mask=mask, other=0.0)
+    overall = tl.maximum(before, largest)
+    kept = tl.exp2((before - overall) * scale)
+    added = tl.exp2((largest - overall) * scale)
+    tl.store(ptrs, overall, mask=mask)
+    tl.store(ptrs + stride, tl.load(ptrs + stride, mask=mask, other=0.0) * kept + sums * added, mask=mask)
+    return kept, added
 
 
 @triton.jit
@@ -36,7 +45,6 @@ def merge_statistics_kernel(
     length,
     stride_running,
     SOFT: tl.constexpr,
-    ROW_NORMALIZED: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
 ):
@@ -83,26 +91,16 @@ def merge_statistics_kernel(
             target_logits += tl.sum(logits, 0)
 
     ptrs = running_ptr + items
-    own = logits_scale * own_overall + tl.log2(own_sums)
-    other = logits_scale * other_overall + tl.log2(other_sums)
-    tl.store(ptrs, log_add_exp2(tl.load(ptrs, mask=item_mask, other=0.0), own), mask=item_mask)
-    other_ptrs = ptrs + stride_running
-    tl.store(other_ptrs, log_add_exp2(tl.load(other_ptrs, mask=item_mask, other=0.0), other), mask=item_mask)
-    mean_ptrs = ptrs + 3 * stride_running
-    mean = tl.load(mean_ptrs, mask=item_mask, other=0.0)
+    merge_sums(ptrs, stride_running, item_mask, own_overall, own_sums, logits_scale)
+    merge_sums(ptrs + 2 * stride_running, stride_running, item_mask, other_overall, other_sums, logits_scale)
+    logits_ptrs = ptrs + 6 * stride_running
+    before = tl.load(logits_ptrs, mask=item_mask, other=0.0)
     if SOFT:
-        teacher_ptrs = ptrs + 2 * stride_running
-        before = tl.load(teacher_ptrs, mask=item_mask, other=0.0)
-        part = teacher_scale * teacher_overall + tl.log2(teacher_sums)
-        after = log_add_exp2(before, part)
-        part_mean = logits_scale * (target_logits / teacher_sums)
-        if not ROW_NORMALIZED:
-            part_mean *= 2.0
-        mean = mean * tl.exp2(before - after) + part_mean * tl.exp2(part - after)
-        tl.store(teacher_ptrs, after, mask=item_mask)
+        teacher_ptrs = ptrs + 4 * stride_running
+        kept, added = merge_sums(teacher_ptrs, stride_running, item_mask, teacher_overall, teacher_sums, teacher_scale)
+        tl.store(logits_ptrs, before * kept + target_logits * added, mask=item_mask)
     else:
-        mean += logits_scale * target_logits
-    tl.store(mean_ptrs, mean, mask=item_mask)
+        tl.store(logits_ptrs, before + target_logits, mask=item_mask)
 
 
 @kernel
@@ -119,28 +117,33 @@ def add_target_sums_kernel(
     item_mask = items < length
     received = tl.zeros((BLOCK_ITEMS,), tl.float64)
     given = tl.zeros((BLOCK_ITEMS,), tl.float64)
-    weighted = tl.zeros((BLOCK_ITEMS,), tl.float64)
+    high = tl.zeros((BLOCK_ITEMS,), tl.float64)
+    low = tl.zeros((BLOCK_ITEMS,), tl.float64)
     for first in range(0, parts_count, BLOCK_PARTS):
         parts = first + tl.arange(0, BLOCK_PARTS)
         mask = (parts < parts_count)[:, None] & item_mask[None, :]
         ptrs = parts_ptr + parts.to(tl.int64)[:, None] * 4 * length + items[None, :]
         received += tl.sum(tl.load(ptrs, mask=mask, other=0.0).to(tl.float64), 0)
-        given += tl.sum(tl.load(ptrs + length, mask=mask, other=0.0).to(tl.float64), 0)
-        weighted += tl.sum(tl.load(ptrs + 2 * length, mask=mask, other=0.0).to(tl.float64), 0)
-        weighted += tl.sum(tl.load(ptrs + 3 * length, mask=mask, other=0.0).to(tl.float64), 0)
+        given_part = tl.load(ptrs + length, mask=mask, other=0.0).to(tl.float64)
+        given += tl.sum(given_part, 0)
+        high += tl.sum(given_part * tl.load(ptrs + 2 * length, mask=mask, other=0.0), 0)
+        low += tl.sum(tl.load(ptrs + 3 * length, mask=mask, other=0.0).to(tl.float64), 0)
     ptrs = running_ptr + items
     tl.store(ptrs, tl.load(ptrs, mask=item_mask, other=0.0) + received, mask=item_mask)
     ptrs += stride_running
     tl.store(ptrs, tl.load(ptrs, mask=item_mask, other=0.0) + given, mask=item_mask)
     ptrs += stride_running
-    tl.store(ptrs, tl.load(ptrs, mask=item_mask, other=0.0) + weighted, mask=item_mask)
+    tl.store(ptrs, tl.load(ptrs, mask=item_mask, other=0.0) + high, mask=item_mask)
+    ptrs += stride_running
+    tl.store(ptrs, tl.load(ptrs, mask=item_mask, other=0.0) + low, mask=item_mask)
 
 
 def add_target_sums(running: torch.Tensor, parts: torch.Tensor) -> None:
     """Add the parts of `cmsa.target_sums` to some items' sums, in place and in a fixed order.
 
     Args:
-        running: [3, n] float64, items adjacent: sum_j T_ji, sum_j T_ij and sum_j T_ij c_j.
+        running: [4, n] float64, items adjacent: sum_j T_ji, sum_j T_ij, and sum_j T_ij c_j in two parts: of the parts'
+            references, and of what c_j exceeds them by.
         parts: [parts, 4, n] contiguous float32.
     """
     length = parts.shape[2]
@@ -157,14 +160,12 @@ def add_target_sums(running: torch.Tensor, parts: torch.Tensor) -> None:
     )
 
 
-def merge_statistics(
-    running: torch.Tensor, parts: torch.Tensor, temperature: torch.Tensor, *, soft: bool, row_normalized: bool
-) -> None:
+def merge_statistics(running: torch.Tensor, parts: torch.Tensor, temperature: torch.Tensor, *, soft: bool) -> None:
     """Add the parts of `cmsa.statistics` to some items' running statistics, in place and in a fixed order.
 
     Args:
-        running: [4, n] float64, items adjacent: the log-sum-exps in bits of L's row, L's column and S's row, and the
-            mean under the teacher of the target logits in bits (hard targets: their sum).
+        running: [7, n] float64, items adjacent: the largest product and the sum of exponentials relative to it of L's
+            row, L's column and S's row; and the sum of S's exponentials times the target logits (hard: of the latter).
         parts: [parts, 8, n] contiguous float32.
         temperature: one float32 on the same device.
     """
@@ -177,7 +178,6 @@ def merge_statistics(
         length,
         running.stride(0),
         SOFT=soft,
-        ROW_NORMALIZED=row_normalized,
         BLOCK_PARTS=BLOCK_PARTS,
         BLOCK_ITEMS=BLOCK_ITEMS,
         num_warps=NUM_WARPS,

@@ -232,11 +232,11 @@ def reading_variants() -> tuple[KernelVariant, ...]:
     )
 
 
-def merging(*, soft: bool, row_normalized: bool = False) -> KernelVariant:
+def merging(*, soft: bool) -> KernelVariant:
     parts = BLOCK // cmsa.CONFIGS_WITH_PRODUCTS["statistics"].block_rows
     moved = (32 if soft else 20) * parts * BLOCK
     return KernelVariant(
-        name="cmsa merge statistics " + ("soft" if soft else "hard") + " row-normalised" * row_normalized,
+        name="cmsa merge statistics " + ("soft" if soft else "hard"),
         kernel=cmsa_merge.merge_statistics_kernel,
         signature={
             "parts_ptr": "*fp32",
@@ -246,7 +246,6 @@ def merging(*, soft: bool, row_normalized: bool = False) -> KernelVariant:
         },
         constexprs={
             "SOFT": soft,
-            "ROW_NORMALIZED": row_normalized,
             "BLOCK_PARTS": cmsa_merge.BLOCK_PARTS,
             "BLOCK_ITEMS": cmsa_merge.BLOCK_ITEMS,
         },
@@ -338,7 +337,6 @@ VARIANTS = (
     gradients("bf16", soft=False, through_teacher=False, two_sided=False),
     *reading_variants(),
     merging(soft=True),
-    merging(soft=True, row_normalized=True),
     merging(soft=False),
     adding_target_sums(),
     split_sum(

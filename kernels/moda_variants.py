@@ -185,7 +185,7 @@ def _expand(
     is_gated = gating is not None
     config = config_for("expand_add", TYPES[type_name], rank)
     size = TYPES[type_name].itemsize
-    moved = (1 + adds) * M * N * size + M * rank * 4 + N * rank * TYPES[adapter].itemsize
+    moved = layers * ((1 + adds) * M * N * size + M * rank * 4 + N * rank * TYPES[adapter].itemsize)
     unit, strided = ("rank", "column") if is_gated else ("column", "rank")
     integers = ("M", *WIDTHS, *(f"stride_y{which}_row" for which in PLACES), f"stride_weight_{strided}", "threshold")
     signature, constexprs = _together(
@@ -223,7 +223,7 @@ def _expand(
         problem=f"M={M} N={N} R={rank}",
         bytes_moved=moved,
         bytes_floor=moved,
-        flops=2 * M * N * rank,
+        flops=2 * layers * M * N * rank,
         aligned=_aligned(rank),
     )
 
@@ -310,9 +310,9 @@ def dy_pass(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         problem=f"M={M} N={N} R={rank}",
-        bytes_moved=floor + parts,
-        bytes_floor=floor,
-        flops=2 * (needs_dhg + needs_dB) * M * N * rank,
+        bytes_moved=layers * (floor + parts),
+        bytes_floor=layers * floor,
+        flops=2 * layers * (needs_dhg + needs_dB) * M * N * rank,
         aligned=_aligned(rank),
     )
 
@@ -354,9 +354,9 @@ def gate_gradient(
         num_warps=4,
         num_stages=1,
         problem=f"M={M} R={rank} E={experts}",
-        bytes_moved=floor + (parts - 1) * M * rank * 4,
-        bytes_floor=floor,
-        flops=(parts + 3) * M * rank,
+        bytes_moved=layers * (floor + (parts - 1) * M * rank * 4),
+        bytes_floor=layers * floor,
+        flops=layers * (parts + 3) * M * rank,
         aligned=_aligned(rank),
         tensor_cores=False,
     )

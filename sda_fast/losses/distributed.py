@@ -7,6 +7,7 @@ loss by the number of ranks before the backward pass.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from sda_fast.ops.cmsa import (
     Backend,
     check_embeddings,
+    check_ways,
     checked_form,
     cmsa_loss,
     make_tiles,
@@ -25,13 +27,13 @@ from sda_fast.ops.cmsa import (
     temperature_tensor,
 )
 from sda_fast.ops.cmsa_blockwise import (
+    add_target_statistics,
     blockwise_backward,
-    complete_statistics,
+    item_statistics,
     row_statistics,
     row_target_sums,
     total_loss,
 )
-from sda_fast.ops.cmsa_tiles import compute_dtype
 
 Group: TypeAlias = "dist.ProcessGroup | None"
 
@@ -87,7 +89,8 @@ class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, temperature: Tensor, options: dict[str, Any], group: Group) -> Tensor:
         sizes = gather_integers(len(x), x.device, group)
-        start = sum(sizes[: dist.get_rank(group)])
+        starts = (0, *itertools.accumulate(sizes[:-1]))
+        start = starts[dist.get_rank(group)]
         own = (start, start + len(x))
         x_all, y_all = gather_rows(x, sizes, group), gather_rows(y, sizes, group)
         check_embeddings(x_all, y_all)
@@ -97,20 +100,21 @@ class _ShardedLoss(torch.autograd.Function):
 
         form = options["form"]
         tiles = make_tiles(x_all, y_all, temperature, form, *options["tiles"])
-        first = completed(row_statistics(tiles, own, symmetric=False))
-        second = None
+        tiles.starts = starts
+        statistics = item_statistics(tiles, completed(row_statistics(tiles, own, symmetric=False)))
         if form.needs_target_sums:
-            second = completed(row_target_sums(tiles, own, first[2], first[1], symmetric=False))
-        per_item, statistics = complete_statistics(form, first, second)
+            add_target_statistics(statistics, completed(row_target_sums(tiles, own, statistics, symmetric=False)))
         ctx.save_for_backward(x_all, y_all, temperature, statistics)
-        ctx.options, ctx.own = options, own
-        return total_loss(per_item).to(compute_dtype(x.dtype))
+        ctx.options, ctx.own, ctx.starts = options, own, starts
+        return total_loss(tiles, statistics)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, y, temperature, statistics = ctx.saved_tensors
+        tiles = make_tiles(x, y, temperature, ctx.options["form"], *ctx.options["tiles"])
+        tiles.starts = ctx.starts
         gradients = blockwise_backward(
-            make_tiles(x, y, temperature, ctx.options["form"], *ctx.options["tiles"]),
+            tiles,
             statistics,
             ctx.own,
             grad_outputs[0] / (2 * len(x)),
@@ -154,7 +158,7 @@ def sharded_cmsa_loss(
         `cmsa_loss`.
 
     Raises:
-        ValueError: as in `cmsa_loss`.
+        TypeError, ValueError: as in `cmsa_loss`.
     """
     if not dist.is_initialized():
         return cmsa_loss(
@@ -169,8 +173,9 @@ def sharded_cmsa_loss(
             block_size=block_size,
             workspace_bytes=workspace_bytes,
         )
-    form = checked_form(targets, row_normalized_targets, block_size, workspace_bytes)
     check_embeddings(image_embeddings, text_embeddings, fewest_items=0)
+    check_ways(backend, block_size, workspace_bytes)
+    form = checked_form(targets, row_normalized_targets, detach_teacher)
     if normalize:
         image_embeddings, text_embeddings = normalized_rows(image_embeddings), normalized_rows(text_embeddings)
     options = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sda_fast.losses.distributed import sharded_cmsa_loss
-from sda_fast.ops.cmsa import cmsa_loss
+from sda_fast.ops.cmsa import check_temperature, check_ways, cmsa_loss
 
 
 class _ContrastiveLoss(nn.Module):
@@ -29,8 +29,8 @@ class _ContrastiveLoss(nn.Module):
         across_ranks: bool = False,
     ) -> None:
         super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        check_temperature(temperature.item() if isinstance(temperature, Tensor) else temperature)
+        check_ways(backend, block_size, workspace_bytes)
         log_temperature = torch.tensor(math.log(temperature), dtype=torch.float32)
         if learnable:
             self.log_temperature = nn.Parameter(log_temperature)
@@ -66,8 +66,14 @@ class _ContrastiveLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        learnable = isinstance(self.log_temperature, nn.Parameter)
-        return f"temperature={float(self.temperature.detach()):.4g}, learnable={learnable}, normalize={self.normalize}"
+        shown = {
+            "temperature": f"{float(self.temperature.detach()):.4g}",
+            "learnable": isinstance(self.log_temperature, nn.Parameter),
+            "normalize": self.normalize,
+            **self.form(),
+            "across_ranks": self.across_ranks,
+        }
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 class CMSALoss(_ContrastiveLoss):
@@ -80,7 +86,7 @@ class CMSALoss(_ContrastiveLoss):
         across_ranks: the batch is all ranks' items; see :func:`sda_fast.losses.distributed.sharded_cmsa_loss`.
 
     Raises:
-        ValueError: temperature is not positive and finite.
+        TypeError, ValueError: temperature, backend, block_size or workspace_bytes, as in `cmsa_loss`.
     """
 
     def __init__(
@@ -122,7 +128,7 @@ class InfoNCELoss(_ContrastiveLoss):
         across_ranks: the batch is all ranks' items; see :func:`sda_fast.losses.distributed.sharded_cmsa_loss`.
 
     Raises:
-        ValueError: temperature is not positive and finite.
+        TypeError, ValueError: temperature, backend, block_size or workspace_bytes, as in `cmsa_loss`.
     """
 
     def form(self) -> dict[str, Any]:

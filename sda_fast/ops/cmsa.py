@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import numbers
 import os
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -49,27 +50,33 @@ def cmsa_loss(
         text_embeddings: [B, D], same dtype and device.
         temperature: tau > 0; a float, or a tensor of one element, which may require a gradient.
         detach_teacher: send no gradient through the targets (neither to the vectors nor to tau).
-        normalize: divide each row by its Euclidean norm first (a zero row stays zero and gets no gradient).
+        normalize: divide each row by its Euclidean norm first (a zero row stays zero and gets no gradient). Keeps
+            copies of both sides. In float32 and bfloat16 for norms from 1e-18 to 1e18: other rows count as zero rows.
         row_normalized_targets: use softmax_rows(S^T) = T, whose rows do sum to one, in place of T^T. The loss is then
             symmetric in X and Y.
         targets: "soft" is CMSA; "hard" replaces T by the identity, which is symmetric InfoNCE.
-        backend: "auto" takes Triton on CUDA and PyTorch elsewhere; "torch" and "triton" insist.
+        backend: "auto" takes Triton on CUDA and PyTorch elsewhere; "torch" and "triton" insist. All are right while
+            float32 holds the products of the rows, up to norms of some 1e18.
         block_size: rows and columns per tile (rows alone where Triton kernels form the products); chosen from
             `workspace_bytes` if None. Changes rounding only.
         workspace_bytes: bound of the memory for tiles and products that are kept; by default 32 MiB on a CPU, on a GPU
-            512 MiB, or for long vectors what a step's other memory leaves of 960 MiB if that is more.
+            512 MiB, or for long vectors what a step's other memory leaves of 960 MiB if that is more. Tiles of 32 x 32
+            are taken even where it is less.
 
     Returns:
         Scalar, mean over the B items, in nats; float64 for float64 inputs, else float32.
 
     Raises:
+        TypeError: embeddings that are no tensors, a temperature that is neither a number nor a tensor, or a size that
+            is no integer.
         ValueError: shapes, dtypes or devices differ or are not supported, B < 2, a temperature that is not one positive
             number (a tensor on a GPU is not looked at, to spare the wait), an unknown option, or options that
             contradict each other.
         RuntimeError: backend="triton" cannot run on these tensors.
     """
     check_embeddings(image_embeddings, text_embeddings)
-    form = checked_form(targets, row_normalized_targets, block_size, workspace_bytes)
+    check_ways(backend, block_size, workspace_bytes)
+    form = checked_form(targets, row_normalized_targets, detach_teacher)
     if normalize:
         image_embeddings, text_embeddings = normalized_rows(image_embeddings), normalized_rows(text_embeddings)
     loss, _, _ = cmsa_forward(
@@ -113,22 +120,36 @@ def infonce_loss(
     )
 
 
-def checked_form(
-    targets: str, row_normalized_targets: bool, block_size: int | None, workspace_bytes: int | None
-) -> Form:
+def checked_form(targets: str, row_normalized_targets: bool, detach_teacher: bool) -> Form:
     """Which loss the options ask for, once they are known to make sense."""
     if targets not in ("soft", "hard"):
         raise ValueError(f"targets must be 'soft' or 'hard', got {targets!r}")
-    if targets == "hard" and row_normalized_targets:
-        raise ValueError("row_normalized_targets has no meaning with targets='hard'")
-    for name, value in (("block_size", block_size), ("workspace_bytes", workspace_bytes)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
+    of_teacher = {"row_normalized_targets": row_normalized_targets, "detach_teacher": detach_teacher}
+    for name, value in of_teacher.items():
+        if targets == "hard" and value:
+            raise ValueError(f"{name} has no meaning with targets='hard'")
     return Form(targets == "soft", row_normalized_targets)
 
 
+def check_ways(backend: str, block_size: int | None, workspace_bytes: int | None) -> None:
+    """Raise unless these are options of how to compute a loss, whatever the vectors."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    for name, value in (("block_size", block_size), ("workspace_bytes", workspace_bytes)):
+        if value is None:
+            continue
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer or None, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
 def check_embeddings(x: Tensor, y: Tensor, fewest_items: int = 2) -> None:
-    """Raise ValueError unless x and y are a batch of at least `fewest_items` pairs of vectors."""
+    """Raise unless x and y are a batch of at least `fewest_items` pairs of vectors."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        raise TypeError(
+            f"image_embeddings and text_embeddings must be tensors, got {type(x).__name__} and {type(y).__name__}"
+        )
     if x.dim() != 2 or x.shape != y.shape:
         raise ValueError(
             "image_embeddings and text_embeddings must have the same shape [B, D], "
@@ -156,9 +177,16 @@ def temperature_tensor(temperature: Tensor | float, like: Tensor) -> Tensor:
                 f"of {temperature.dtype}"
             )
         return temperature.reshape(()).to(like.device)
+    check_temperature(temperature)
+    return torch.full((), temperature, dtype=compute_dtype(like.dtype), device=like.device)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise unless it is a positive finite number."""
+    if not isinstance(temperature, numbers.Real):
+        raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    return torch.full((), temperature, dtype=compute_dtype(like.dtype), device=like.device)
 
 
 def normalized_rows(embeddings: Tensor) -> Tensor:
@@ -176,8 +204,6 @@ def resolve_backend(backend: Backend, embeddings: Tensor) -> str:
     """
     if backend == "torch":
         return backend
-    if backend not in ("auto", "triton"):
-        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
     obstacle = _triton_obstacle(embeddings)
     if backend == "auto" and (obstacle or embeddings.device.type != "cuda"):
         return "torch"
@@ -228,8 +254,7 @@ def make_tiles(
         batch = batch_of(x, form.soft, backend)
         cut = cut_of(batch, block_size, workspace_bytes, keeps=kept is not None)
         return LibraryTiles(x, y, temperature, form, batch, cut, kept)
-    if float(temperature) <= 0:
-        raise ValueError(f"temperature must be positive, got {float(temperature)}")
+    check_temperature(float(temperature))
     block_size = block_size or block_size_within(workspace_bytes, len(x), x.dtype, x.device.type)
     return TorchTiles(x, y, temperature, form, block_size, kept)
 
@@ -293,7 +318,7 @@ def cmsa_forward(
     block_size: int,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and what its backward needs: the statistics [6, B] and the products that were kept.
+    """The loss, and what its backward needs: the statistics [11, B] and the products that were kept.
 
     `detach_teacher` matters to the backward alone.
     """
@@ -320,7 +345,7 @@ def _(
     dtype = compute_dtype(image_embeddings.dtype)
     return (
         image_embeddings.new_empty((), dtype=dtype),
-        image_embeddings.new_empty((6, image_embeddings.shape[0]), dtype=torch.float64),
+        image_embeddings.new_empty((11, image_embeddings.shape[0]), dtype=dtype),
         room_for_products(image_embeddings, soft, backend, block_size, workspace_bytes),
     )
 
@@ -346,12 +371,13 @@ def cmsa_backward(
     x, y, form = image_embeddings, text_embeddings, Form(soft, row_normalized)
     with torch.autocast(x.device.type, enabled=False):
         tiles = make_tiles(x, y, temperature, form, backend, block_size, workspace_bytes, kept)
+        whole = backend in THROUGH_MEMORY or _sums_fit(x, backend, workspace_bytes)
         gradients = blockwise_backward(
             tiles,
             statistics,
             (0, len(x)),
             grad_loss.to(compute_dtype(x.dtype)) / (2 * len(x)),
-            symmetric=(backend in THROUGH_MEMORY or _sums_fit(x, workspace_bytes)) and not tiles.completes_rows,
+            symmetric=whole and not tiles.completes_rows,
             through_teacher=not detach_teacher,
             needs_x=needs_image,
             needs_y=needs_text,
@@ -389,11 +415,11 @@ def _(
     )
 
 
-def _sums_fit(embeddings: Tensor, workspace_bytes: int) -> bool:
+def _sums_fit(embeddings: Tensor, backend: str, workspace_bytes: int) -> bool:
     """Whether float32 sums for the whole batch cost nothing beside the results, or fit the workspace."""
     if embeddings.dtype == compute_dtype(embeddings.dtype):
         return True
-    return 2 * 4 * embeddings.numel() <= (workspace_bytes or GPU_WORKSPACE_BYTES)
+    return 2 * 4 * embeddings.numel() <= (workspace_bytes or default_workspace(embeddings, backend))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -4,9 +4,9 @@ With Z = [X, Y], S = tau/2 Z Z^T is symmetric, so a sweep over the whole batch v
 serves both orders. A range of rows (one rank's share) is swept against all columns instead. Forward: one sweep for
 the log-sum-exps of L's rows, L's columns and S's rows and for sum_j T_ij L_ij; for the published form a second one for
 q_j = sum_i T_ij and sum_j T_ij c_j. Backward: one sweep that forms tiles of dL and dS and multiplies them by the
-vectors. All statistics are in bits (see `cmsa_tiles`).
+vectors. All statistics are in units of the products x_i y_j and x_i x_j + y_i y_j (see `cmsa_tiles`).
 
-    loss  = 1/(2B) sum_i (r_i + t_i - 2 h_i)         h_i = sum_j T_ij L_ij, t_i = sum_j T_ij c_j
+    loss  = 1/(2B) sum_i (r_i + t_i - 2 h_i) / tau   h_i = sum_j T_ij L_ij, t_i = sum_j T_ij c_j
     dS_ij = T_ij (c_j - t_i - 2 (L_ij - h_i)) / (2B)
 
 With row-normalised transposed targets h_i = sum_j T_ij (L_ij + L_ji) / 2, q = 1, c_i takes the place of t_i, and
@@ -23,14 +23,11 @@ from torch import Tensor
 
 from sda_fast.ops.cmsa_sums import GradientSums, RowSums
 from sda_fast.ops.cmsa_tiles import (
-    NATS_PER_BIT,
     Form,
     Scales,
     Span,
     TileGradients,
     compute_dtype,
-    split,
-    split_statistics,
 )
 
 
@@ -41,6 +38,7 @@ class Tiles(Protocol):
     y: Tensor
     form: Form
     block_size: int
+    starts: tuple[int, ...]
 
     @property
     def temperature(self) -> float | Tensor: ...
@@ -87,56 +85,85 @@ def visits(tiles: Tiles, own: Span, symmetric: bool) -> Iterator[tuple[Span, boo
     """(columns, two_sided) for one block of rows: all columns from one side, or those after it for both sides."""
     if symmetric:
         yield own, False
-    for columns in row_blocks((own[1] if symmetric else 0, len(tiles.x)), tiles.columns_per_visit()):
-        yield columns, symmetric
+        ranges = [(own[1], len(tiles.x))]
+    else:
+        ranges = list(zip(tiles.starts, (*tiles.starts[1:], len(tiles.x)), strict=True))
+    for span in ranges:
+        for columns in row_blocks(span, tiles.columns_per_visit()):
+            yield columns, symmetric
 
 
 def row_statistics(tiles: Tiles, rows: Span, symmetric: bool) -> Tensor:
-    """First sweep: [4, B] float64 log-sum-exps r, c, s and target logits, complete for the items in `rows`."""
-    running = torch.full((4, len(tiles.x)), -torch.inf, dtype=torch.float64, device=tiles.x.device)
-    running[3] = 0
+    """First sweep: the sums [7, B] float64 of `TorchTiles.statistics`, complete for the items in `rows`."""
+    running = torch.zeros(7, len(tiles.x), dtype=torch.float64, device=tiles.x.device)
+    running[:6:2] = -torch.inf
     for own in row_blocks(rows, tiles.block_size):
         for columns, two_sided in visits(tiles, own, symmetric):
             tiles.add_statistics(running, own, columns, two_sided)
     return running
 
 
-def row_target_sums(tiles: Tiles, rows: Span, teacher_lse: Tensor, column_lse: Tensor, symmetric: bool) -> Tensor:
-    """Second sweep: [2, B] float64 q_i = sum_j T_ji and sum_j T_ij c_j, complete for the items in `rows`."""
-    dtype = compute_dtype(tiles.x.dtype)
-    reference = column_lse.max()
-    vectors = torch.stack(
-        [*split(teacher_lse / Scales.at(tiles.temperature).teacher, dtype), *split(column_lse - reference, dtype)]
-    )
-    running = torch.zeros(3, len(tiles.x), dtype=torch.float64, device=teacher_lse.device)
+def item_statistics(tiles: Tiles, sums: Tensor) -> Tensor:
+    """[11, B] in the compute dtype from the first sweep's sums: r, c, s, h, t as high and low part, and q.
+
+    t and q are those of row-normalised and of hard targets, c and 1.
+    """
+    form, scales = tiles.form, Scales.at(tiles.temperature)
+    statistics = torch.ones(11, sums.shape[1], dtype=compute_dtype(tiles.x.dtype), device=sums.device)
+    pairs = 3 if form.soft else 2
+    largest, added_up = sums[: 2 * pairs].view(pairs, 2, -1).unbind(1)
+    logarithms = added_up.log2()
+    logarithms[:2].div_(scales.logits)
+    h = sums[6]
+    if form.soft:
+        logarithms[2].div_(scales.teacher)
+        h = h / (2 / form.same_weight * sums[5])
+    write_parts(statistics[: 2 * pairs], largest, logarithms)
+    write_parts(statistics[6:8], h)
+    statistics[8:10] = statistics[2:4]
+    return statistics
+
+
+def write_parts(parts: Tensor, values: Tensor, small: Tensor | None = None) -> None:
+    """Write values + small [n, B] float64 as high and low part, [2n, B]; the sum itself is never rounded to float64."""
+    high, low = parts.view(-1, 2, parts.shape[1]).unbind(1)
+    high.copy_(values if small is None else values + small)
+    rest = values - high
+    low.copy_(rest if small is None else rest.add_(small))
+
+
+def row_target_sums(tiles: Tiles, rows: Span, statistics: Tensor, symmetric: bool) -> Tensor:
+    """Second sweep: the sums [4, B] float64 of `TorchTiles.target_sums`, complete for the items in `rows`."""
+    running = torch.zeros(4, len(tiles.x), dtype=torch.float64, device=statistics.device)
     for own in row_blocks(rows, tiles.block_size):
         for columns, two_sided in visits(tiles, own, symmetric):
-            tiles.add_target_sums(running, own, columns, vectors, two_sided)
-    q, total, weighted = running.unbind()
+            tiles.add_target_sums(running, own, columns, statistics[2:6], two_sided)
+    return running
+
+
+def add_target_statistics(statistics: Tensor, sums: Tensor) -> None:
+    """Write t and q of the published form from the second sweep's sums."""
+    q, total, high, low = sums
     # the targets' rows sum to one only to rounding, which a large c would show
-    return torch.stack([q, reference + weighted / total])
-
-
-def complete_statistics(form: Form, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The loss by item [B] in bits (half its mean is the loss), and the statistics [6, B] that backward needs."""
-    r, c, s, target_logits = first.unbind()
-    q, target_columns = (torch.ones_like(r), c) if second is None else second.unbind()
-    per_item = r + (target_columns - target_logits)
-    return per_item, torch.stack([r, c, s, target_logits / 2, target_columns, q])
+    write_parts(statistics[8:10], high / total, low / total)
+    statistics[10] = q
 
 
 def blockwise_forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """The loss, a scalar, and the statistics [6, B] that backward needs: r, c, s, h, t, q."""
+    """The loss, a scalar, and the statistics [11, B] of `item_statistics` that backward needs."""
     rows = (0, len(tiles.x))
-    first = row_statistics(tiles, rows, symmetric=True)
-    second = row_target_sums(tiles, rows, first[2], first[1], symmetric=True) if tiles.form.needs_target_sums else None
-    per_item, statistics = complete_statistics(tiles.form, first, second)
-    return total_loss(per_item).to(compute_dtype(tiles.x.dtype)), statistics
+    statistics = item_statistics(tiles, row_statistics(tiles, rows, symmetric=True))
+    if tiles.form.needs_target_sums:
+        add_target_statistics(statistics, row_target_sums(tiles, rows, statistics, symmetric=True))
+    return total_loss(tiles, statistics), statistics
 
 
-def total_loss(per_item: Tensor) -> Tensor:
-    """The loss in nats from the losses by item in bits."""
-    return per_item.sum() * (NATS_PER_BIT / (2 * len(per_item)))
+def total_loss(tiles: Tiles, statistics: Tensor) -> Tensor:
+    """The loss in nats, in the compute dtype."""
+    r, _, _, h, t = statistics[:10].double().view(5, 2, -1).unbind(0)
+    # high and low parts apart: an item certain of its target has exactly no loss
+    halves = (r + t).sub_(h, alpha=2)
+    return (halves.mean() / tiles.temperature).to(statistics.dtype)
 
 
 def blockwise_backward(
@@ -157,7 +184,7 @@ def blockwise_backward(
 
     Args:
         tiles: the batch.
-        statistics: [6, B] float64 from `complete_statistics`.
+        statistics: [11, B] from `item_statistics`, for the published form with `add_target_statistics`.
         rows: the items whose vectors' gradients are wanted; all of them if symmetric.
         scale: the incoming gradient over 2B, a scalar of the compute dtype.
         symmetric, through_teacher, needs_x, needs_y: what to compute.
@@ -168,7 +195,6 @@ def blockwise_backward(
     x = tiles.x
     count = rows[1] - rows[0]
 
-    statistics = split_statistics(statistics, Scales.at(tiles.temperature), scale.dtype)
     temperature = torch.zeros((), dtype=torch.float64, device=x.device)
     if symmetric:
         whole = tiles.sums(needs_x, needs_y)

@@ -5,8 +5,9 @@ two-sided visit serves both (I, J) and (J, I): quantities per row come from the 
 
 Tiles of L and S hold the bare products x_i y_j and x_i x_j + y_i y_j: a difference of two of them is exact where it is
 small, which it would not be had each been multiplied by a scale, and so rounded, before. Differences are then scaled to
-bits: in PyTorch on a CPU exp2 costs a quarter of exp (a fortieth where results underflow). What is kept by item is
-float64 and in bits: beside scores of 1e9 a float32 log-sum-exp could not tell one term from a thousand.
+bits: in PyTorch on a CPU exp2 costs a quarter of exp (a fortieth where results underflow). What is kept by item are
+products too, float32 ones in two parts. A log-sum-exp is formed as the largest product, as a tile has it, and what the
+others add: a target that is certain has a probability of exactly one, however large the scores are.
 
 A visit of items against themselves has M = L^T, and the transpose of T for the targets of the other order. Products
 that fit the workspace are kept for the later sweeps, up to the whole of a small batch.
@@ -25,6 +26,7 @@ from sda_fast.ops.cmsa_sums import PlainRowSums, WholeSums
 Span = tuple[int, int]
 NATS_PER_BIT = math.log(2)
 CPU_BLOCK_SIZE = 256
+LEAST_BLOCK_SIZE = 32
 LARGE_BATCH = 2048
 
 
@@ -84,12 +86,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def split(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """float64 values as the sum of two of `dtype`, so that scores near a huge log-sum-exp lose nothing against it."""
-    high = values.to(dtype)
-    return high, (values - high).to(dtype)
-
-
 class Scales(NamedTuple):
     """What turns products into bits: of x_i y_j for L, of x_i x_j + y_i y_j for S. Tensors if the temperature is."""
 
@@ -103,22 +99,13 @@ class Scales(NamedTuple):
         return cls(1 / (temperature * NATS_PER_BIT), temperature / (2 * NATS_PER_BIT))
 
 
-def split_statistics(statistics: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
-    """[6, B] r, c, s, h, t, q in bits -> [11, B] in `dtype`: in units of the products as high and low part, and q."""
-    parts = torch.empty(11, statistics.shape[1], dtype=dtype, device=statistics.device)
-    in_products = statistics[:5] / scales.logits
-    torch.div(statistics[2], scales.teacher, out=in_products[2])
-    high, low = parts[:10].view(5, 2, -1).unbind(1)
-    high.copy_(in_products)
-    low.copy_(in_products.sub_(high))
-    parts[10] = statistics[5]
-    return parts
-
-
 def block_size_within(workspace_bytes: int, items: int, dtype: torch.dtype, device_type: str) -> int:
-    """The edge of tiles whose buffers take at most `workspace_bytes`; on a CPU no larger than its caches like."""
+    """The edge of tiles whose buffers take at most `workspace_bytes`; on a CPU no larger than its caches like.
+
+    At least `LEAST_BLOCK_SIZE`: what a visit costs beside its products would take seconds with a few hundred items.
+    """
     edge = math.isqrt(workspace_bytes // (TorchTiles.BUFFERS * compute_dtype(dtype).itemsize))
-    edge = max(1, edge // 64 * 64 or edge)
+    edge = max(LEAST_BLOCK_SIZE, edge // 64 * 64 or edge)
     if device_type == "cpu":
         edge = min(edge, CPU_BLOCK_SIZE if items <= LARGE_BATCH else 2 * CPU_BLOCK_SIZE)
     return edge
@@ -145,16 +132,23 @@ def kept_tile(kept: Tensor, rows: Span, columns: Span, items: int, block_size: i
     return kept[number, : matrices * height * width].view(matrices, height, width)
 
 
-def merge_statistics(running: Tensor, part: Tensor, soft: bool) -> None:
-    """Add `part` [4, n] to `running` [4, n] in place; see `TorchTiles.statistics` for the four rows."""
-    if soft:
-        teacher_lse = torch.logaddexp2(running[2], part[2])
-        running[3] *= torch.exp2(running[2] - teacher_lse)
-        running[3] += torch.exp2(part[2] - teacher_lse) * part[3]
-        running[2] = teacher_lse
+def merge_statistics(running: Tensor, part: Tensor, scales: Tensor) -> None:
+    """Add `part` [7, n] to `running` [7, n] in place; see `TorchTiles.statistics` for the rows.
+
+    Args:
+        scales: [3, 1] or, with hard targets, [2, 1]: what turns the products of each pair of rows into bits.
+    """
+    pairs = 2 * len(scales)
+    largest, sums = running[:pairs].view(-1, 2, running.shape[1]).unbind(1)
+    part_largest, part_sums = part[:pairs].view(-1, 2, part.shape[1]).unbind(1)
+    overall = torch.maximum(largest, part_largest)
+    kept, added = (torch.exp2((one - overall) * scales) for one in (largest, part_largest))
+    sums.mul_(kept).addcmul_(part_sums, added)
+    largest.copy_(overall)
+    if len(scales) == 3:
+        running[6].mul_(kept[2]).addcmul_(part[6], added[2])
     else:
-        running[3] += part[3]
-    torch.logaddexp2(running[:2], part[:2], out=running[:2])
+        running[6] += part[6]
 
 
 def _overlap(rows: Span, columns: Span) -> Span:
@@ -179,9 +173,13 @@ class TorchTiles:
         block_size: the largest number of rows and of columns of a visit.
         kept: [tiles, elements] as `kept_shape` says, for the products of the first tiles of a symmetric sweep.
             `statistics` fills it, everything else reads it; None keeps nothing.
+
+    Attributes:
+        starts: where the ranges of items begin that no block of columns may cross: with several processes, theirs.
     """
 
     BUFFERS = 9
+    starts: tuple[int, ...] = (0,)
 
     def __init__(
         self, x: Tensor, y: Tensor, temperature: Tensor, form: Form, block_size: int, kept: Tensor | None = None
@@ -190,6 +188,8 @@ class TorchTiles:
         self.dtype = compute_dtype(x.dtype)
         self.temperature = float(temperature)
         self._logits_scale, self._teacher_scale = (float(scale) for scale in Scales.at(self.temperature))
+        scales = [self._logits_scale, self._logits_scale, *[self._teacher_scale] * form.soft]
+        self._scales = torch.tensor(scales, dtype=torch.float64, device=x.device).unsqueeze(1)
         edge = min(block_size, len(x))
         self._buffers = torch.empty(self.BUFFERS, edge * edge, dtype=self.dtype, device=x.device)
         self._kept = kept
@@ -240,9 +240,9 @@ class TorchTiles:
         L, M = (self._buffer(i, rows, columns) for i in range(2)) if kept is None else kept[:2]
         on_diagonal = rows == columns
         if kept is None or first_time:
-            torch.mm(self.operand(self.x, rows), self.operand(self.y, columns).T, out=L)
+            self._write_products(L, ((self.x, self.y),), rows, columns)
             if not on_diagonal:
-                torch.mm(self.operand(self.y, rows), self.operand(self.x, columns).T, out=M)
+                self._write_products(M, ((self.y, self.x),), rows, columns)
         return L, L.T if on_diagonal else M
 
     def _teacher(self, rows: Span, columns: Span, *, first_time: bool = False) -> Tensor:
@@ -250,9 +250,22 @@ class TorchTiles:
         kept = self._kept_tile(rows, columns)
         S = self._buffer(2, rows, columns) if kept is None else kept[2]
         if kept is None or first_time:
-            for beta, side in enumerate((self.x, self.y)):
-                torch.addmm(S, self.operand(side, rows), self.operand(side, columns).T, beta=beta, out=S)
+            self._write_products(S, ((self.x, self.x), (self.y, self.y)), rows, columns)
         return S
+
+    def _write_products(self, out: Tensor, sides: tuple[tuple[Tensor, Tensor], ...], rows: Span, columns: Span) -> None:
+        """out = the sum over `sides` of left[rows] @ right[columns]^T.
+
+        Of columns before the rows those of the other order, transposed: a product depends in its last place on where it
+        is in a tile, and a statistic of huge scores fits only the product that it is from.
+        """
+        if columns[0] < rows[0]:
+            transposed = self._buffer(8, columns, rows)
+            self._write_products(transposed, tuple((right, left) for left, right in sides), columns, rows)
+            out.copy_(transposed.T)
+            return
+        for beta, (left, right) in enumerate(sides):
+            torch.addmm(out, self.operand(left, rows), self.operand(right, columns).T, beta=beta, out=out)
 
     def _powers_below(self, number: int, scores: Tensor, parts: Tensor, dim: int, scale: float) -> Tensor:
         """exp2(scale * (scores - (high + low))) along `dim`, parts [2, n] being high and low.
@@ -265,26 +278,26 @@ class TorchTiles:
         return out.clamp_(max=0).exp2_()
 
     def _exponentials(self, number: int, scores: Tensor, dim: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-sum-exp in bits, exp2(scale * (scores - largest)), their sums) along `dim`."""
+        """(largest score, exp2(scale * (scores - largest)), their sums) along `dim`."""
         largest = scores.amax(dim)
         out = self._like(number, scores)
         torch.sub(scores, largest.unsqueeze(dim), out=out).mul_(scale).exp2_()
-        sums = out.sum(dim)
-        return scale * largest.double() + sums.double().log2(), out, sums
+        return largest, out, out.sum(dim)
 
     def add_statistics(self, running: Tensor, rows: Span, columns: Span, two_sided: bool) -> None:
-        """Merge `statistics` into `running` [4, B] float64."""
+        """Merge `statistics` into `running` [7, B] float64."""
         for_rows, for_columns = self.statistics(rows, columns, two_sided)
-        merge_statistics(running[:, slice(*rows)], for_rows, self.form.soft)
+        merge_statistics(running[:, slice(*rows)], for_rows, self._scales)
         if for_columns is not None:
-            merge_statistics(running[:, slice(*columns)], for_columns, self.form.soft)
+            merge_statistics(running[:, slice(*columns)], for_columns, self._scales)
 
     def statistics(self, rows: Span, columns: Span, two_sided: bool) -> tuple[Tensor, Tensor | None]:
         """What one tile contributes to its rows' items and, if two-sided, to its columns' items.
 
         Returns:
-            [4, rows] and [4, columns] or None, float64: the log-sum-exp of L's row, of L's column and of S's row, and
-            sum_j T_ij (same L_ij + other L_ji) with T normalised within the tile (hard targets: 2 L_ii).
+            [7, rows] and [7, columns] or None, float64: the largest product and the sum of exponentials relative to
+            it, for L's row, L's column and S's row; and the sum over j of S's exponentials times the product x_i y_j
+            (row-normalised: plus x_j y_i). Hard targets: zeros for S's row, and x_i y_i.
         """
         L, M = self._logits(rows, columns, first_time=True)
         S = self._teacher(rows, columns, first_time=True) if self.form.soft else None
@@ -294,27 +307,28 @@ class TorchTiles:
     def _side_statistics(
         self, own: Tensor, other: Tensor, S: Tensor | None, rows: Span, columns: Span, dim: int
     ) -> Tensor:
-        own_lse, _, _ = self._exponentials(3, own, dim, self._logits_scale)
-        if rows == columns:
-            other_lse, _, _ = self._exponentials(3, own, 1 - dim, self._logits_scale)
-        else:
-            other_lse, _, _ = self._exponentials(3, other, dim, self._logits_scale)
+        own_largest, _, own_sums = self._exponentials(3, own, dim, self._logits_scale)
+        across, along = (own, 1 - dim) if rows == columns else (other, dim)
+        other_largest, _, other_sums = self._exponentials(3, across, along, self._logits_scale)
+        out = torch.zeros(7, len(own_sums), dtype=torch.float64, device=own.device)
+        for line, values in enumerate((own_largest, own_sums, other_largest, other_sums)):
+            out[line] = values
         if S is None:
-            target_logits = torch.zeros_like(own_lse)
             diagonal = _diagonal(own, rows, columns)
             if diagonal is not None:
                 start, stop = _overlap(rows, columns)
                 first = (rows if dim == 1 else columns)[0]
-                target_logits[start - first : stop - first] = 2 * self._logits_scale * diagonal.double()
-            return torch.stack([own_lse, other_lse, torch.zeros_like(own_lse), target_logits])
-        teacher_lse, weights, sums = self._exponentials(3, S, dim, self._teacher_scale)
+                out[6, start - first : stop - first] = diagonal
+            return out
+        out[4], weights, sums = self._exponentials(3, S, dim, self._teacher_scale)
+        out[5] = sums
         logits = torch.add(own, other, out=self._like(4, own)) if self.form.row_normalized else own
         # the mean again relative to a first one: a teacher certain of one target gives exactly its logit
         products = self._like(5, logits)
         rough = torch.mul(logits, weights, out=products).sum(dim) / sums
         relative = torch.sub(logits, rough.unsqueeze(dim), out=products).mul_(weights).sum(dim) / sums
-        mean = relative.double() + rough.double()
-        return torch.stack([own_lse, other_lse, teacher_lse, self.form.same_weight * self._logits_scale * mean])
+        torch.mul(relative.double() + rough.double(), sums, out=out[6])
+        return out
 
     def _targets(self, numbers: tuple[int, int], S: Tensor, s: Tensor, rows: Span, columns: Span) -> tuple[Tensor, ...]:
         """T_ij and T_ji on a tile, from s [2, B] as high and low part."""
@@ -324,7 +338,7 @@ class TorchTiles:
         return T, self._powers_below(numbers[1], S, s[:, slice(*columns)], 0, self._teacher_scale)
 
     def add_target_sums(self, running: Tensor, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> None:
-        """Add `target_sums` to `running` [3, B] float64."""
+        """Add `target_sums` to `running` [4, B] float64."""
         for_rows, for_columns = self.target_sums(rows, columns, vectors, two_sided)
         running[:, slice(*rows)].add_(for_rows)
         if for_columns is not None:
@@ -334,26 +348,35 @@ class TorchTiles:
         """Sums over the tile's other side.
 
         Args:
-            vectors: [4, B]: s in units of the products and c less a constant in bits, each as high and low part.
+            vectors: [4, B]: c and s in units of the products, each as high and low part.
 
         Returns:
-            [3, rows] and [3, columns] or None, float64: sum_j T_ji, sum_j T_ij, sum_j T_ij c_j.
+            [4, rows] and [4, columns] or None, float64: sum_j T_ji, sum_j T_ij, and sum_j T_ij c_j of the high and of
+            the low part.
         """
-        c_high, c_low = vectors[2:]
-        T, T_transposed = self._targets((3, 4), self._teacher(rows, columns), vectors[:2], rows, columns)
+        T, T_transposed = self._targets((3, 4), self._teacher(rows, columns), vectors[2:], rows, columns)
 
-        def sums(targets: Tensor, transposed: Tensor, other: slice) -> Tensor:
-            by_other = torch.stack([torch.ones_like(c_high[other]), c_high[other], c_low[other]], dim=1)
-            total, high, low = (targets @ by_other).double().unbind(1)
-            return torch.stack([transposed.sum(1).double(), total, high + low])
+        def sums(targets: Tensor, transposed: Tensor, other: Span, dim: int) -> Tensor:
+            c = vectors[:2, slice(*other)].double()
+            by_other = torch.cat([torch.ones_like(c[:1]), c])
+            targets = self._in_float64(6, targets)
+            given = by_other @ (targets.T if dim == 1 else targets)
+            return torch.cat([transposed.sum(dim).double().unsqueeze(0), given])
 
-        for_rows = sums(T, T_transposed, slice(*columns))
-        return for_rows, sums(T_transposed.T, T.T, slice(*rows)) if two_sided else None
+        for_rows = sums(T, T_transposed, columns, 1)
+        return for_rows, sums(T_transposed, T, rows, 0) if two_sided else None
+
+    def _in_float64(self, number: int, tile: Tensor) -> Tensor:
+        """The tile in float64, in the place of buffers `number`, an even one, and `number` + 1."""
+        if tile.dtype == torch.float64:
+            return tile
+        room = self._buffers[number : number + 2].view(-1).view(torch.float64)
+        return room[: tile.numel()].view(tile.shape).copy_(tile)
 
     def gradients(
         self, rows: Span, columns: Span, statistics: Tensor, through_teacher: bool, two_sided: bool
     ) -> TileGradients:
-        """Gradient tiles from the statistics [11, B] of `split_statistics`."""
+        """Gradient tiles from the statistics [11, B] of `cmsa_blockwise.item_statistics`."""
         r, c, s, h, t = (statistics[i : i + 2] for i in range(0, 10, 2))
         L, M = self._logits(rows, columns)
         on_diagonal = rows == columns

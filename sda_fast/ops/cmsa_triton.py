@@ -30,6 +30,7 @@ class TritonTiles:
 
     MIN_ROWS, MIN_ROWS_OF_BLOCKS, BLOCKS = 128, 512, 8
     teacher_added = False
+    starts: tuple[int, ...] = (0,)
 
     def __init__(
         self, x: Tensor, y: Tensor, temperature: Tensor, form: Form, block_size: int, workspace_bytes: int
@@ -82,7 +83,7 @@ class TritonTiles:
         return None
 
     def add_statistics(self, running: Tensor, rows: Span, columns: Span, two_sided: bool) -> None:
-        """Merge what a visit contributes to its rows' and columns' items into `running` [4, B] float64."""
+        """Merge what a visit contributes to its rows' and columns' items into `running` [7, B] float64."""
         parts = kernels.statistics(
             self.x,
             self.y,
@@ -101,7 +102,6 @@ class TritonTiles:
                     of_span,
                     self.temperature,
                     soft=self.form.soft,
-                    row_normalized=self.form.row_normalized,
                 )
 
     def add_target_sums(self, running: Tensor, rows: Span, columns: Span, vectors: Tensor, two_sided: bool) -> None:

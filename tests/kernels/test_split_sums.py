@@ -58,45 +58,42 @@ def test_nan_of_any_bits_stays_nan() -> None:
     assert result.isnan().all()
 
 
-@pytest.mark.parametrize("row_normalized", [False, True])
 @pytest.mark.parametrize(("parts", "length"), [(1, 1), (16, 33), (37, 70)])
-def test_parts_of_statistics_merge_into_running_ones(parts: int, length: int, row_normalized: bool) -> None:
+def test_parts_of_statistics_merge_into_running_ones(parts: int, length: int) -> None:
     made = normal(parts, 8, length)
     made[:, 1:6:2] = made[:, 1:6:2].abs() + 1
     made[:, 0:6:2] *= 30
     temperature = torch.tensor(1.7, device=DEVICE)
-    running = torch.full((4, length + 3), -torch.inf, dtype=torch.float64, device=DEVICE)
-    running[3] = 0
-    options = {"soft": True, "row_normalized": row_normalized}
+    running = torch.zeros(7, length + 3, dtype=torch.float64, device=DEVICE)
+    running[:6:2] = -torch.inf
     for chosen in (made, made[: 1 + parts // 2].contiguous()):
-        cmsa_merge.merge_statistics(running[:, 2:-1], chosen, temperature, **options)
+        cmsa_merge.merge_statistics(running[:, 2:-1], chosen, temperature, soft=True)
     every = torch.cat([made, made[: 1 + parts // 2]]).double()
     own, own_sums, other, other_sums, teacher, teacher_sums, mean, reference = every.unbind(1)
     for_logits = 1 / (1.7 * torch.log(torch.tensor(2.0, dtype=torch.float64)))
     for_teacher = 1.7**2 / 2 * for_logits
-    merged = [
-        torch.logsumexp((scale * largest).double() * 0.6931471805599453 + sums.log(), 0) / 0.6931471805599453
-        for scale, largest, sums in (
-            (for_logits, own, own_sums),
-            (for_logits, other, other_sums),
-            (for_teacher, teacher, teacher_sums),
-        )
-    ]
-    weights = torch.exp2(for_teacher * teacher - merged[2]) * teacher_sums
-    merged.append((1 if row_normalized else 2) * for_logits * (weights * (mean + reference)).sum(0))
+    merged = []
+    for scale, largest, sums in (
+        (for_logits, own, own_sums),
+        (for_logits, other, other_sums),
+        (for_teacher, teacher, teacher_sums),
+    ):
+        weights = torch.exp2(scale * (largest - largest.amax(0))) * sums
+        merged += [largest.amax(0), weights.sum(0)]
+    merged.append((weights * (mean + reference)).sum(0))
     torch.testing.assert_close(running[:, 2:-1], torch.stack(merged), rtol=1e-6, atol=1e-6)
-    assert running[:3, [0, 1, -1]].isneginf().all()
+    assert running[:6:2, [0, 1, -1]].isneginf().all() and not running[1::2, [0, 1, -1]].any()
 
 
 @pytest.mark.parametrize(("parts", "length"), [(1, 1), (16, 33), (37, 70)])
 def test_parts_of_target_sums_are_added_in_float64(parts: int, length: int) -> None:
     made = normal(parts, 4, length)
-    running = normal(3, length + 3).double()
+    running = normal(4, length + 3).double()
     before = running.clone()
     cmsa_merge.add_target_sums(running[:, 2:-1], made)
-    sums = made.double().sum(0)
+    received, given, reference, relative = made.double().unbind(1)
     expected = before.clone()
-    expected[:, 2:-1] += torch.stack([sums[0], sums[1], sums[2] + sums[3]])
+    expected[:, 2:-1] += torch.stack([received, given, given * reference, relative]).sum(1)
     torch.testing.assert_close(running, expected, rtol=1e-14, atol=1e-14)
     assert torch.equal(running[:, [0, 1, -1]], before[:, [0, 1, -1]])
 

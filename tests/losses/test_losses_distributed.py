@@ -35,6 +35,7 @@ def check_rank(rank, folder):
         dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=len(sizes))
         try:
             check_losses(rank, sizes)
+            check_huge_rows(rank, [9 * size for size in sizes])
             check_encoder(rank, sizes)
             check_gathering(rank, sizes)
             for fails_with_graph in (False, True):
@@ -69,6 +70,19 @@ def check_losses(rank, sizes):
         torch.testing.assert_close(dy, expected[1][rows], rtol=1e-10, atol=1e-12)
         dist.all_reduce(dt)
         torch.testing.assert_close(dt, expected[2], rtol=1e-10, atol=1e-12)
+
+
+def check_huge_rows(rank, sizes):
+    """Statistics of one rank meet products of another, none of which may be rounded otherwise: scores are 1e10 bits."""
+    generator = torch.Generator().manual_seed(6)
+    pairs = 1e4 * torch.randn(2 * sum(sizes), 300, generator=generator)
+    rows = own_rows(rank, sizes)
+    mine = [side[rows].clone().requires_grad_() for side in (pairs[0::2], pairs[1::2])]
+    exact = [side.double().requires_grad_() for side in (pairs[0::2], pairs[1::2])]
+    ours = torch.autograd.grad(sharded_cmsa_loss(*mine, 3.0, block_size=16), mine)
+    truth = torch.autograd.grad(naive_cmsa_loss(*exact, 3.0), exact)
+    for own, whole in zip(ours, truth, strict=True):
+        assert (own.double() - whole[rows]).norm() <= 1e-6 * whole.norm()
 
 
 def check_encoder(rank, sizes):

@@ -43,6 +43,22 @@ def test_the_temperature_learns_only_if_it_may_and_is_saved_either_way():
     CMSALoss()(torch.randn(4, 3), torch.randn(4, 3)).backward()
 
 
+@pytest.mark.parametrize("module", [CMSALoss, InfoNCELoss])
+@pytest.mark.parametrize("options", [{"backend": "cuda"}, {"block_size": -3}, {"workspace_bytes": 0}], ids=str)
+def test_a_wrong_option_is_named_when_the_loss_is_made(module, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be .*got"):
+        module(**options)
+
+
+def test_the_representation_says_which_loss_it_is():
+    shown = repr(CMSALoss(2.0, learnable=False, detach_teacher=True, across_ranks=True))
+    assert shown == (
+        "CMSALoss(temperature=2, learnable=False, normalize=False, detach_teacher=True, row_normalized_targets=False, "
+        "across_ranks=True)"
+    )
+    assert "targets=hard" in repr(InfoNCELoss())
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
 def test_a_temperature_that_is_not_positive_is_named(temperature):
     with pytest.raises(ValueError, match=f"got {temperature}"):

@@ -105,11 +105,11 @@ def test_one_expert_is_plain_lora() -> None:
         ({"r": 8, "num_experts": 3}, "num_experts must divide"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"num_modalities": 0}, "num_modalities"),
+        *(({"cache_folded": which}, "is not among the adapter's 2 modalities") for which in ("imgae", 2, -1, 1.0)),
         ({"gate_dim": 0}, "gate_dim must be at least 1, got 0"),
         ({"modality_names": ("image", "text", "sound")}, "3 modality_names for num_modalities=2"),
         ({"adapter_dtype": torch.int8}, "adapter_dtype must be one of .* got torch.int8"),
         ({"backend": "trition"}, "backend must be one of .* got 'trition'"),
-        *(({"cache_folded": which}, "is not among the adapter's 2 modalities") for which in ("imgae", 2, -1, 1.0)),
     ],
 )
 def test_wrong_options_are_errors_when_the_layer_is_made(options: dict, message: str) -> None:

@@ -101,7 +101,7 @@ def loss_and_gradients(function, pairs, dtype, temperature=3.0):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("likeness", [0.0, 0.9])
-@pytest.mark.parametrize(("temperature", "size"), [(3.0, 0.5), (1.0, 2.0)])
+@pytest.mark.parametrize(("temperature", "size"), [(3.0, 0.5), (1.0, 2.0), (10.0, 1e3), (3.0, 1e4)])
 def test_error_is_no_larger_than_that_of_plain_pytorch_in_bfloat16(form, likeness, temperature, size, by_halves):
     mine, other, scale = torch.zeros(3, 3, dtype=torch.float64)
     for seed in range(2):

@@ -5,7 +5,14 @@ import torch
 
 from sda_fast import cmsa_loss
 from sda_fast.ops import cmsa, cmsa_blocks, cmsa_library, cmsa_products
-from sda_fast.ops.cmsa_blockwise import blockwise_backward, blockwise_forward, row_statistics, row_target_sums
+from sda_fast.ops.cmsa_blockwise import (
+    add_target_statistics,
+    blockwise_backward,
+    blockwise_forward,
+    item_statistics,
+    row_statistics,
+    row_target_sums,
+)
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss
 from sda_fast.ops.cmsa_tiles import Form
 
@@ -144,11 +151,13 @@ def test_a_share_of_the_rows_gives_their_statistics_and_gradients(dtype, form):
     _, statistics = blockwise_forward(tiles)
     whole = blockwise_backward(tiles, statistics, (0, 140), scale, symmetric=True, **options)
     rows = (30, 110)
-    first = row_statistics(tiles, rows, symmetric=False)
-    torch.testing.assert_close(first[:2, 30:110], statistics[:2, 30:110], rtol=1e-6, atol=1e-6)
+    of_share = item_statistics(tiles, row_statistics(tiles, rows, symmetric=False))
     if form.needs_target_sums:
-        second = row_target_sums(tiles, rows, statistics[2], statistics[1], symmetric=False)
-        torch.testing.assert_close(second[:, 30:110], statistics[[5, 4], 30:110], rtol=1e-6, atol=1e-6)
+        of_share[2:6] = statistics[2:6]
+        add_target_statistics(of_share, row_target_sums(tiles, rows, of_share, symmetric=False))
+    pairs = (one[:10, 30:110].double().view(5, 2, 80).sum(1) for one in (of_share, statistics))
+    torch.testing.assert_close(*pairs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(of_share[10, 30:110], statistics[10, 30:110], rtol=1e-6, atol=1e-6)
     share = blockwise_backward(tiles, statistics, rows, scale, symmetric=False, **options)
     for mine, all_of_them in ((share.x, whole.x), (share.y, whole.y)):
         torch.testing.assert_close(mine, all_of_them[30:110], rtol=torch.finfo(dtype).eps, atol=2e-6)

@@ -7,7 +7,7 @@ import torch
 
 from sda_fast import cmsa_loss, infonce_loss
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss, naive_infonce_loss
-from sda_fast.ops.cmsa_tiles import TorchTiles, kept_shape
+from sda_fast.ops.cmsa_tiles import LEAST_BLOCK_SIZE, TorchTiles, block_size_within, kept_shape
 
 SHAPES = [(2, 1), (7, 5), (17, 8), (129, 17)]
 FORMS = [
@@ -20,6 +20,10 @@ FORMS = [
     {"targets": "hard", "normalize": True},
 ]
 
+UNNORMALISED = [{}, {"detach_teacher": True}, {"row_normalized_targets": True}, {"targets": "hard"}]
+# scores of 1e9 bits and more
+HUGE = [(10.0, 1e3), (1.0, 1e4), (3.0, 1e4), (10.0, 1e4), (3.0, 1e10)]
+
 
 def naive(x, y, temperature, form):
     form = dict(form)
@@ -28,9 +32,11 @@ def naive(x, y, temperature, form):
     return naive_cmsa_loss(x, y, temperature, **form)
 
 
-def embeddings(items, dimensions, dtype=torch.float64, seed=0):
+def embeddings(items, dimensions, dtype=torch.float64, seed=0, likeness=0.0):
     generator = torch.Generator().manual_seed(seed)
-    pairs = torch.randn(2 * items, dimensions, dtype=torch.float64, generator=generator).to(dtype)
+    pairs = torch.randn(2 * items, dimensions, dtype=torch.float64, generator=generator)
+    pairs[1::2] = likeness * pairs[0::2] + (1 - likeness**2) ** 0.5 * pairs[1::2]
+    pairs = pairs.to(dtype)
     return pairs[0::2], pairs[1::2]
 
 
@@ -79,15 +85,29 @@ def test_gradcheck(form):
     ids=str,
 )
 def test_error_is_no_larger_than_that_of_plain_pytorch_in_the_same_dtype(dtype, form, shape, temperature, size):
-    # root mean square over batches: the largest of many rounding errors, or one scalar's, is a matter of luck
+    batches = [[(side * size).to(dtype) for side in embeddings(*shape, seed=seed)] for seed in range(6)]
+    assert_errors_like_plain(batches, temperature, form, block_size=48)
+
+
+@pytest.mark.parametrize("form", UNNORMALISED, ids=str)
+@pytest.mark.parametrize("likeness", [0.0, 0.9])
+@pytest.mark.parametrize(("temperature", "size"), HUGE, ids=str)
+def test_gradients_of_huge_rows_err_no_more_than_those_of_plain_pytorch(form, likeness, temperature, size):
+    batches = [
+        [(side * size).float() for side in embeddings(32, 16, seed=seed, likeness=likeness)] for seed in range(6)
+    ]
+    for block_size in (None, 12):
+        assert_errors_like_plain(batches, temperature, form, block_size=block_size)
+
+
+def assert_errors_like_plain(batches, temperature, form, **options):
+    """The root mean square over batches: the largest of many rounding errors, or one scalar's, is a matter of luck."""
+    dtype, seeds = batches[0][0].dtype, len(batches)
     mine, other, scale = torch.zeros(3, 4, dtype=torch.float64)
-    seeds = 6
-    for seed in range(seeds):
-        x, y = embeddings(*shape, seed=seed)
-        x, y = (x * size).to(dtype), (y * size).to(dtype)
+    for x, y in batches:
         truth = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), x, y, temperature, torch.float64)
         plain = loss_and_gradients(lambda x, y, t: naive(x, y, t, form), x, y, temperature, dtype)
-        ours = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, block_size=48, **form), x, y, temperature, dtype)
+        ours = loss_and_gradients(lambda x, y, t: cmsa_loss(x, y, t, **options, **form), x, y, temperature, dtype)
         for i in range(4):
             mine[i] += (ours[i].double() - truth[i]).square().mean() / seeds
             other[i] += (plain[i].double() - truth[i]).square().mean() / seeds
@@ -150,8 +170,8 @@ def test_extreme_inputs_are_finite_and_right(form, temperature):
         ours = loss_and_gradients(
             lambda x, y, t, b=block_size: cmsa_loss(x, y, t, block_size=b, **form), x, y, temperature, torch.float32
         )
-        assert all(torch.isfinite(value).all() for value in ours)
-        torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-5, atol=1e-5)
+        for mine, true in zip(ours, truth, strict=True):
+            torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5 * max(1.0, float(true.abs().max())))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -243,13 +263,44 @@ def test_operations_pass_opcheck_and_compile_without_graph_breaks():
         ((torch.zeros(3, 4), torch.zeros(3, 4).double(), 1.0), "float32 and torch.float64"),
         ((torch.zeros(3, 4).long(), torch.zeros(3, 4).long(), 1.0), "int64"),
         ((torch.zeros(3, 4), torch.zeros(3, 4), 0.0), "positive and finite, got 0"),
-        ((torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor(-1.0)), "positive, got -1"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor(-1.0)), "positive and finite, got -1"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor(torch.nan)), "positive and finite, got nan"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor(torch.inf)), "positive and finite, got inf"),
         ((torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(2)), r"got shape \(2,\)"),
     ],
 )
 def test_wrong_inputs_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         cmsa_loss(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([[0.0]], torch.zeros(3, 4), 1.0), {}, "must be tensors, got list and Tensor"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4).numpy(), 1.0), {}, "must be tensors, got Tensor and ndarray"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), None), {}, "temperature must be a number or a tensor, got None"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), "2"), {}, "temperature must be a number or a tensor, got '2'"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), 1.0), {"block_size": 2.5}, "block_size must be an integer .*got 2.5"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), 1.0), {"workspace_bytes": 1e6}, "workspace_bytes must be an integer"),
+    ],
+    ids=str,
+)
+def test_wrong_types_are_named(arguments, options, message):
+    with pytest.raises(TypeError, match=message):
+        cmsa_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("option", ["row_normalized_targets", "detach_teacher"])
+def test_options_of_the_teacher_are_refused_with_hard_targets(option):
+    with pytest.raises(ValueError, match=f"{option} has no meaning"):
+        cmsa_loss(torch.zeros(3, 4), torch.zeros(3, 4), 1.0, targets="hard", **{option: True})
+
+
+def test_tiles_of_a_tiny_workspace_have_a_least_edge():
+    assert block_size_within(32, 300, torch.float32, "cpu") == LEAST_BLOCK_SIZE
+    x, y = embeddings(70, 6)
+    torch.testing.assert_close(cmsa_loss(x, y, 1.0, workspace_bytes=32), cmsa_loss(x, y, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import torch
 
 from sda_fast import cmsa_loss
 from sda_fast.ops import cmsa
-from sda_fast.ops.cmsa_blockwise import row_statistics, row_target_sums
+from sda_fast.ops.cmsa_blockwise import item_statistics, row_statistics, row_target_sums
 from sda_fast.ops.cmsa_naive import naive_cmsa_loss
-from sda_fast.ops.cmsa_tiles import NATS_PER_BIT, Form
+from sda_fast.ops.cmsa_tiles import Form, Scales
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"]
@@ -39,17 +39,19 @@ def test_the_last_rows_of_262144_items(backend):
     temperature = torch.tensor(1.3, device=DEVICE)
     rows = (items - 5, items)
     tiles = cmsa.make_tiles(x, y, temperature, Form(True, False), backend, 0, 0)
-    first = row_statistics(tiles, rows, symmetric=False)
+    statistics = item_statistics(tiles, row_statistics(tiles, rows, symmetric=False))
     own_x, own_y, x, y = (side.double() for side in (x[-5:], y[-5:], x, y))
     L, S = own_x @ y.T / 1.3, 1.3 / 2 * (own_x @ x.T + own_y @ y.T)
-    expected = [L.logsumexp(1), (own_y @ x.T / 1.3).logsumexp(1), S.logsumexp(1), 2 * (S.softmax(1) * L).sum(1)]
-    torch.testing.assert_close(NATS_PER_BIT * first[:, -5:], torch.stack(expected), rtol=1e-5, atol=1e-5)
-    # with every log-sum-exp of S at 40 bits and every c at one, q is known and so is the mean of c
-    scores = (1.3 / 2 * (own_x @ x.T + own_y @ y.T)).exp().sum(1)
-    ones = torch.ones(items, dtype=torch.float64, device=DEVICE)
-    second = row_target_sums(tiles, rows, 40 * ones, ones, symmetric=False)
-    torch.testing.assert_close(second[0, -5:], scores * 2.0**-40, rtol=1e-4, atol=0.0)
-    torch.testing.assert_close(second[1, -5:], ones[:5], rtol=1e-5, atol=0.0)
+    expected = [L.logsumexp(1), (own_y @ x.T / 1.3).logsumexp(1), S.logsumexp(1), (S.softmax(1) * L).sum(1)]
+    in_nats = torch.tensor([1 / 1.3, 1 / 1.3, 1.3 / 2, 1 / 1.3], dtype=torch.float64, device=DEVICE).unsqueeze(1)
+    of_rows = statistics[:8, -5:].double().view(4, 2, 5).sum(1) * in_nats
+    torch.testing.assert_close(of_rows, torch.stack(expected), rtol=1e-5, atol=1e-5)
+    # with every log-sum-exp of S at 40 bits and every c at one and a half, q is known and so is the sum of c
+    scores = (1.3 / 2 * (own_x @ x.T + own_y @ y.T)).exp().sum(1) * 2.0**-40
+    statistics[2:6] = torch.tensor([[1.0], [0.5], [40 / Scales.at(1.3).teacher], [0.0]])
+    received, given, high, low = row_target_sums(tiles, rows, statistics, symmetric=False)[:, -5:]
+    for mine, factor in ((received, 1), (given, 1), (high + low, 1.5)):
+        torch.testing.assert_close(mine, factor * scores, rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
