@@ -60,7 +60,7 @@ CONFIGS: dict[tuple[str, int, int], LaunchConfig] = {
     ("project", 4, 128): LaunchConfig(64, 32, 8, 3),
     ("project", 4, 256): LaunchConfig(32, 32, 8, 2),
     ("expand_add", 2, 16): LaunchConfig(64, 128, 4, 1),
-    ("expand_add", 2, 32): LaunchConfig(64, 128, 4, 1),
+    ("expand_add", 2, 32): LaunchConfig(64, 64, 4, 1),
     ("expand_add", 2, 64): LaunchConfig(64, 128, 4, 1),
     ("expand_add", 2, 128): LaunchConfig(64, 64, 4, 1),
     ("expand_add", 2, 256): LaunchConfig(64, 128, 8, 1),
