@@ -28,7 +28,7 @@ from pages import replace_between
 from without_device import without_device
 
 N, K, RANK, EXPERTS, MULTIPROCESSORS = 3584, 3584, 8, 8, 132
-CALLS, ROUNDS = 400, 9
+CALLS, ROUNDS = 400, 5
 BEGIN, END = "<!-- host -->", "<!-- /host -->"
 WEIGHT = (
     "Tensor packed, Tensor code, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, Tensor? offset, "
