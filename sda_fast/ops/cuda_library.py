@@ -2,8 +2,7 @@
 Those on activations are in `cuda_passes`.
 
 Nothing is loaded at import. The library writes into tensors that the caller gives and knows no autograd; the operations
-of this package decide when to call it. Everything here also exists without it: in Triton (sda_fast.kernels.nf4), the
-gates in PyTorch.
+of this package decide when to call it. Everything here also exists without it, in Triton (sda_fast.kernels.nf4, gates).
 """
 
 from __future__ import annotations
