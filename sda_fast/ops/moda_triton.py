@@ -44,7 +44,7 @@ def outputs_of(members: Sequence[Member], x: Tensor, h: Tensor, modality_ids: Te
     outputs: list[Tensor] = []
     for run in alike(members):
         some = members[run]
-        expand_group = passes_for(h.shape[1], x).expand_group if len(some) > 1 else None
+        expand_group = passes_for(some[0].lora_B.shape[1], x).expand_group if len(some) > 1 else None
         if expand_group is None or {update_way(member, x) for member in some} != {"before"}:
             outputs += [output_of(member, x, part_of(h, member), modality_ids) for member in some]
             continue
@@ -66,18 +66,19 @@ def alike(members: Sequence[Member]) -> list[slice]:
     return equal_runs(kinds)
 
 
-def part_of(h: Tensor, member: Member) -> Tensor:
-    """A layer's columns of the group's h or dh."""
-    first, last = member.ranks.start, member.ranks.stop
+def part_of(h: Tensor, *members: Member) -> Tensor:
+    """The columns of the group's h or dh that belong to neighbouring layers."""
+    first, last = members[0].ranks.start, members[-1].ranks.stop
     return h if last - first == h.shape[1] else h.narrow(1, first, last - first)
 
 
 def adapters_of(members: Sequence[Member], h: Tensor, modality_ids: Tensor | None) -> tuple[Any, ...]:
     """h, lora_B, gates, ids and scaling of layers that are alike, as the kernels take them."""
-    first, last = members[0].ranks.start, members[-1].ranks.stop
-    columns = h if last - first == h.shape[1] else h.narrow(1, first, last - first)
-    lora_B = [member.lora_B.contiguous() for member in members]
-    return columns, lora_B, [member.gates.contiguous() for member in members], modality_ids, members[0].scaling
+    lora_B, gates = (
+        [member.lora_B.contiguous() for member in members],
+        [member.gates.contiguous() for member in members],
+    )
+    return part_of(h, *members), lora_B, gates, modality_ids, members[0].scaling
 
 
 def rows_of_ids(modality_ids: Tensor | None, h: Tensor) -> dict[str, int]:
@@ -196,8 +197,7 @@ def dy_passes(
     R = members[0].lora_B.shape[1]
     passes, options = passes_for(R, *dys), {**rows_of_ids(modality_ids, h), **needs}
     if len(members) > 1 and passes.dy_pass_of_group is not None and fuses_dy(R):
-        first, last = members[0].ranks.start, members[-1].ranks.stop
-        dh_out = dh.narrow(1, first, last - first) if needs["needs_dh"] else None
+        dh_out = part_of(dh, *members) if needs["needs_dh"] else None
         adapters = adapters_of(members, h, modality_ids)
         return passes.dy_pass_of_group(dys, *adapters, dh_out=dh_out, **options)[1:]
     dB, dgates = [], []
