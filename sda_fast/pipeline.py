@@ -14,7 +14,7 @@ from sda_fast.arguments import setting
 from sda_fast.atomic import write_json_atomic
 from sda_fast.data.items import read_items
 from sda_fast.embed import EmbedConfig, embed
-from sda_fast.jobs.train_config import COMPILE_HELP, TOWER_CACHE_GIB_HELP, TOWER_CACHE_HELP
+from sda_fast.jobs.train_config import CHECKPOINTED_LAYERS_HELP, COMPILE_HELP, TOWER_CACHE_GIB_HELP, TOWER_CACHE_HELP
 from sda_fast.lvlm.prompts import PromptConfig
 from sda_fast.lvlm.tiny import build_tiny_lvlm
 from sda_fast.presets import Presets, log_differences, with_preset
@@ -82,6 +82,7 @@ class PipelineConfig:
     fields: list[str] | None = setting(None, "attribute fields that make the text, in order; default: all")
     max_pixels: int = setting(256 * 256, "larger images are reduced to this area")
     gradient_checkpointing: bool = setting(True, "recompute activations in backward; saves memory, costs a forward")
+    checkpointed_layers: int | Literal["auto"] | None = setting(None, CHECKPOINTED_LAYERS_HELP)
     compile: bool = setting(False, COMPILE_HELP)
     pca_dim: int = setting(768, "components kept per modality")
     recommenders: tuple[str, ...] = setting(
@@ -186,6 +187,7 @@ def _finetune_config(config: PipelineConfig, model: str, method: str, folder: Pa
         fields=config.fields,
         max_pixels=config.max_pixels,
         gradient_checkpointing=config.gradient_checkpointing,
+        checkpointed_layers=config.checkpointed_layers,
         compile=config.compile,
         quantization=config.quantization,
         seed=config.seed,

@@ -21,18 +21,15 @@ from tqdm import tqdm
 from sda_fast.data.items import Catalogue, read_items
 from sda_fast.jobs.batches import Batch, BatchMaker, Prefetcher
 from sda_fast.jobs.checkpoint import newest_checkpoint
+from sda_fast.jobs.checkpointed_layers import CheckpointedLayers
 from sda_fast.jobs.features import Tower
 from sda_fast.jobs.fingerprint import catalogue_fingerprint
+from sda_fast.jobs.fitting import agreed_checkpointed_layers, agreed_chunk_size
 from sda_fast.jobs.run_log import RunLog, read_log
 from sda_fast.jobs.sampler import BatchOrder, rank_slice
 from sda_fast.jobs.train_config import FinetuneConfig, preset
 from sda_fast.jobs.train_state import TrainingState, build_state
-from sda_fast.jobs.train_step import (
-    ContrastiveStep,
-    agreed_chunk_size,
-    loss_across_processes,
-    training_mode,
-)
+from sda_fast.jobs.train_step import ContrastiveStep, loss_across_processes, training_mode
 from sda_fast.losses.cached import RandomState, is_out_of_memory
 from sda_fast.losses.distributed import sum_gradients
 from sda_fast.lvlm.collate import ImageOptions
@@ -187,17 +184,24 @@ def _train(
     tokens: Counter[str] = Counter()
     try:
         decoder = state.lvlm.language_model
+        given = config.checkpointed_layers if isinstance(config.checkpointed_layers, int) else None
         with (
-            training_mode(state.lvlm, gradient_checkpointing=config.gradient_checkpointing),
+            training_mode(
+                state.lvlm, gradient_checkpointing=config.gradient_checkpointing, checkpointed_layers=given
+            ) as layers,
             compiled_layers(decoder) if config.compile else nullcontext(),
         ):
+            share = mine.stop - mine.start
             if config.chunk_size == "auto" and state.step == 0:
-                state.chunk_size = agreed_chunk_size(contrastive_step, maker, catalogue.items, mine.stop - mine.start)
+                state.chunk_size = agreed_chunk_size(contrastive_step, maker, catalogue.items, share)
                 logger.info("chunk size: %s", state.chunk_size or "the whole batch")
+            if config.checkpointed_layers == "auto":
+                agreed_checkpointed_layers(contrastive_step, maker, catalogue.items, share, state.chunk_size, layers)
+                logger.info("%d of %d layers are recomputed in backward", layers.count, len(layers))
             while state.step < total_steps:
                 started = time.perf_counter()
                 rate = config.learning_rate_at(state.step, total_steps)
-                batch, loss = _forward_backward(state, prefetcher, contrastive_step, config.batch_size)
+                batch, loss = _forward_backward(state, prefetcher, contrastive_step, config.batch_size, layers)
                 norm = state.gradient_norm(config.max_grad_norm)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     item_ids = [catalogue[place].item_id for place in order.batch(state.step)]
@@ -240,11 +244,17 @@ def _train(
 
 
 def _forward_backward(
-    state: TrainingState, prefetcher: Prefetcher, contrastive_step: ContrastiveStep, batch_size: int
+    state: TrainingState,
+    prefetcher: Prefetcher,
+    contrastive_step: ContrastiveStep,
+    batch_size: int,
+    layers: CheckpointedLayers,
 ) -> tuple[Batch, float]:
-    """Gradients and loss of the batch of the current step; where memory runs out, in chunks half the size.
+    """Gradients and loss of the batch of the current step.
 
-    All processes have one chunk size, the one that a checkpoint holds: if memory runs out on one, all take half of it.
+    Where memory runs out, all layers are checkpointed from then on if some were, and next the chunks are halved. All
+    processes have as many layers and one chunk size, the one that a checkpoint holds: if memory runs out on one, all
+    change it.
     """
     processes = state.accelerator.num_processes
     largest_share = -(-batch_size // processes)
@@ -257,13 +267,19 @@ def _forward_backward(
             size = min(state.chunk_size or largest_share, largest_share)
             # Without chunks the other processes wait in a collective operation and cannot be told to start again.
             alone = processes > 1 and batch.chunk_size is None
-            if not is_out_of_memory(error) or size == 1 or alone:
+            more_layers = 0 < layers.count < len(layers)
+            if not is_out_of_memory(error) or alone or (size == 1 and not more_layers):
                 raise
         else:
             sum_gradients(state.parameters)
             return batch, float(loss)
-        state.chunk_size = (size + 1) // 2
-        logger.warning("out of memory at step %d; going on with chunks of %d items", state.step + 1, state.chunk_size)
+        if more_layers:
+            layers.limit(len(layers))
+            change = f"all {len(layers)} layers recomputed"
+        else:
+            state.chunk_size = (size + 1) // 2
+            change = f"chunks of {state.chunk_size} items"
+        logger.warning("out of memory at step %d; going on with %s", state.step + 1, change)
         state.optimizer.zero_grad(set_to_none=True)
         random_state.restore()
         if torch.cuda.is_available():

@@ -42,6 +42,10 @@ PUBLISHED: Mapping[str, Any] = {
     "max_pixels": 256 * 256,
 }
 
+CHECKPOINTED_LAYERS_HELP = (
+    "with gradient checkpointing, how many layers of the decoder, from the first on, recompute their activations; "
+    "none: all, auto: as few as memory allows"
+)
 PACKING_HELP = (
     "sequences one after another without padding: auto where flash-attn is installed and takes the model, on also "
     "elsewhere (same result, more memory), off padded with similar lengths together"
@@ -160,6 +164,9 @@ class FinetuneConfig:
     gradient_checkpointing: bool = field(
         default=True, metadata=_help("recompute activations in backward; saves memory, costs a forward")
     )
+    checkpointed_layers: int | Literal["auto"] | None = field(
+        default=None, metadata=_help(CHECKPOINTED_LAYERS_HELP, changeable=True)
+    )
     compile: bool = field(default=False, metadata=_help(COMPILE_HELP, changeable=True))
     packing: Packing = field(default="auto", metadata=_help(PACKING_HELP))
     tower_cache: Literal["none"] | Path = field(
@@ -227,6 +234,11 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value not in (None, "auto") and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} must be at least 1, 'auto' or None, got {value!r}")
+        layers = self.checkpointed_layers
+        if layers not in (None, "auto") and not (isinstance(layers, int) and layers >= 0):
+            raise ValueError(f"checkpointed_layers must be at least 0, 'auto' or None, got {layers!r}")
+        if layers is not None and not self.gradient_checkpointing:
+            raise ValueError(f"checkpointed_layers is {layers!r} but gradient_checkpointing is off")
         if self.packing not in get_args(Packing):
             raise ValueError(f"packing must be one of {', '.join(get_args(Packing))}, got {self.packing!r}")
         if not 0 <= self.lora_dropout < 1:

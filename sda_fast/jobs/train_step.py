@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sda_fast.data.items import Item
-from sda_fast.jobs.batches import Batch, BatchMaker, Chunk, image_area
+from sda_fast.jobs.batches import Batch, Chunk
+from sda_fast.jobs.checkpointed_layers import CheckpointedLayers
 from sda_fast.jobs.features import Tower
-from sda_fast.losses.cached import (
-    LossFunction,
-    RandomState,
-    cached_contrastive_step,
-    failing_together,
-    is_out_of_memory,
-)
-from sda_fast.losses.distributed import gather_integers, sharded_cmsa_loss
+from sda_fast.losses.cached import LossFunction, cached_contrastive_step, failing_together
+from sda_fast.losses.distributed import sharded_cmsa_loss
 from sda_fast.losses.modules import CMSALoss, InfoNCELoss
 from sda_fast.lvlm.encode import encode, reduce_buckets
 from sda_fast.lvlm.load import LVLM
-from sda_fast.lvlm.prompts import attribute_text
-
-CPU_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -93,9 +84,18 @@ def loss_across_processes(loss: CMSALoss | InfoNCELoss) -> LossFunction:
 
 
 @contextlib.contextmanager
-def training_mode(lvlm: LVLM, *, gradient_checkpointing: bool) -> Iterator[None]:
-    """The decoder in training mode (dropout of the adapters), the frozen tower not; everything as before afterwards."""
+def training_mode(
+    lvlm: LVLM, *, gradient_checkpointing: bool, checkpointed_layers: int | None = None
+) -> Iterator[CheckpointedLayers]:
+    """The decoder in training mode (dropout of the adapters), the frozen tower not; everything as before afterwards.
+
+    Args:
+        checkpointed_layers: with `gradient_checkpointing`, how many layers from the first on; None: all.
+    Yields:
+        The layers, of which others can be checkpointed on the way.
+    """
     decoder = lvlm.language_model
+    layers = CheckpointedLayers(decoder)
     lvlm.model.eval()
     decoder.train()
     if gradient_checkpointing:
@@ -105,55 +105,11 @@ def training_mode(lvlm: LVLM, *, gradient_checkpointing: bool) -> Iterator[None]
         # transformers makes the embeddings require a gradient, which only re-entrant checkpointing needs.
         decoder.disable_input_require_grads()
     try:
-        yield
+        if gradient_checkpointing and checkpointed_layers is not None:
+            layers.limit(checkpointed_layers)
+        yield layers
     finally:
         if gradient_checkpointing:
             renamed = hasattr(decoder, "activation_checkpointing_disable")
             (decoder.activation_checkpointing_disable if renamed else decoder.gradient_checkpointing_disable)()
         lvlm.model.eval()
-
-
-def fitting_chunk_size(step: ContrastiveStep, maker: BatchMaker, items: Sequence[Item], batch_size: int) -> int | None:
-    """The largest of batch_size, a half, a quarter ... items whose chunks fit into memory; None if a whole batch does.
-
-    Tries a forward and a backward pass over the longest image sequences and the longest texts of `items`. On the CPU,
-    where running out of memory ends the process, it starts from 32. Leaves gradients and random states as they were.
-    """
-    by_area = sorted(items, key=lambda item: -image_area(item, maker.image_options))
-    by_length = sorted(items, key=lambda item: -len(attribute_text(item, maker.prompts)))
-    largest = batch_size if step.lvlm.device.type == "cuda" else min(batch_size, CPU_CHUNK)
-    random_state = RandomState.now()
-    parameters = [parameter for parameter in step.lvlm.model.parameters() if parameter.requires_grad]
-    size = largest
-    while True:
-        chunks = {"image": maker.image_chunk(by_area[:size]), "text": maker.text_chunk(by_length[:size])}
-        fits = True
-        try:
-            step.tower.complete([chunks["image"]])
-            for modality, chunk in chunks.items():
-                torch.autograd.grad(step.encode(chunk, modality).sum(), parameters, allow_unused=True)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or size == 1:
-                raise
-            fits = False
-        random_state.restore()
-        if fits:
-            return None if size == batch_size else size
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        size = (size + 1) // 2
-
-
-def agreed_chunk_size(step: ContrastiveStep, maker: BatchMaker, items: Sequence[Item], share: int) -> int | None:
-    """`fitting_chunk_size` of this process's share of a batch, the smallest over the processes; None if all say None.
-
-    All must encode in chunks or none: their collective operations differ. And it is one size because a checkpoint holds
-    one.
-    """
-    with failing_together(step.across_ranks):
-        size = fitting_chunk_size(step, maker, items, share)
-    if not step.across_ranks:
-        return size
-    # A share that fits whole is no smaller than a size that is less than a share: they differ by one item at most.
-    sizes = [size for size in gather_integers(size or 0, step.lvlm.device) if size]
-    return min(sizes, default=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -230,12 +231,12 @@ def choose_chunk_size(encode: Encode, images: Any, texts: Any, *, free_bytes: in
     for batch, modality in ((images, "image"), (texts, "text")):
         if batch_length(batch) < 2:
             return 1
-        first = split_batch(batch, 1)[0]
+        first, both = split_batch(batch, 1)[0], split_batch(batch, 2)[0]
         # once more than is measured: the first pass also allocates the parameters' gradients
-        _bytes_for_step(encode, first, modality)
-        one, device = _bytes_for_step(encode, first, modality)
+        bytes_of_pass(partial(encode, first, modality))
+        one, device = bytes_of_pass(partial(encode, first, modality))
         try:
-            two, _ = _bytes_for_step(encode, split_batch(batch, 2)[0], modality)
+            two, _ = bytes_of_pass(partial(encode, both, modality))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -245,8 +246,11 @@ def choose_chunk_size(encode: Encode, images: Any, texts: Any, *, free_bytes: in
     return max(1, min(batch_length(images), int(FREE_MEMORY_SHARE * free / needed)))
 
 
-def _bytes_for_step(encode: Encode, chunk: Any, modality: str) -> tuple[int, torch.device]:
-    """Bytes that a forward and backward pass of one chunk needs beyond what was there, and the vectors' device."""
+def bytes_of_pass(encode: Callable[[], Tensor]) -> tuple[int, torch.device]:
+    """Bytes that a forward and backward pass needs beyond what was there, and the vectors' device.
+
+    On a GPU the peak, elsewhere what is kept for backward. Gradients are added to the parameters on the way.
+    """
     on_gpu = torch.cuda.is_initialized()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -259,7 +263,7 @@ def _bytes_for_step(encode: Encode, chunk: Any, modality: str) -> tuple[int, tor
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        vectors = encode(chunk, modality)
+        vectors = encode()
         if vectors.requires_grad:
             vectors.float().sum().backward()
     if on_gpu and vectors.device.type == "cuda":

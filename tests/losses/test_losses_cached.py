@@ -234,12 +234,13 @@ def test_auto_chooses_from_free_memory_and_leaves_no_trace():
 def test_gradients_that_the_first_pass_allocates_do_not_count_as_an_items_memory(monkeypatch):
     there = set()
 
-    def measured(encode, chunk, modality):
+    def measured(encode):
+        chunk, modality = encode.args
         new = 0 if modality in there else 1000
         there.add(modality)
         return 100 * len(chunk) + new, torch.device("cpu")
 
-    monkeypatch.setattr(chunking, "_bytes_for_step", measured)
+    monkeypatch.setattr(chunking, "bytes_of_pass", measured)
     assert choose_chunk_size(Encoder(), *batch(), free_bytes=1000) == 6
 
 
