@@ -22,7 +22,7 @@ from pages import replace_between
 from sda_fast.jobs.batches import Chunk
 from sda_fast.jobs.fingerprint import versions
 from sda_fast.lvlm.family import ImageFeatures
-from sda_fast.plan import HEAD, PlanConfig, plan, table
+from sda_fast.plan import HEAD, PlanConfig, checkpointing_name, plan, table
 from sda_fast.planning import step
 from sda_fast.planning.cards import GIB
 from sda_fast.planning.ledger import HOST
@@ -52,6 +52,8 @@ DIET: dict[str, dict[str, Any]] = {
     "weights in 16 bits": {"quantization": "none"},
     "NF4 without nested statistics": {"double_quant": False},
     "everything beside the 4-bit weights in float32": {"precision": "fp32"},
+    "26 of 28 layers checkpointed": {"checkpointed_layers": 26},
+    "14 of 28 layers checkpointed": {"checkpointed_layers": 14},
     "no gradient checkpointing": {"gradient_checkpointing": False},
     "8-bit optimiser": {"optimizer": "adamw8bit"},
     "paged 8-bit optimiser": {"optimizer": "paged"},
@@ -153,7 +155,7 @@ def cells(line: dict[str, Any]) -> list[str]:
     one = line["step"]
     parts = [f"{one['parts'][name] / GIB:.2f}" for name in HEAD[3:11]]
     chunk = f"all {one['batch_size']}" if one["chunk_size"] is None else str(one["chunk_size"])
-    on = "yes" if one["gradient_checkpointing"] else "no"
+    on = checkpointing_name(one["checkpointed_layers"], one["num_layers"])
     end = [f"{line['peak'] / GIB:.2f}", f"{one['seconds']:.1f}", "yes" if line["fits"] else "no"]
     return [str(one["batch_size"]), chunk, on, *parts, *end]
 

@@ -58,10 +58,15 @@ class PlanConfig:
     gpu: str = setting("RTX 3060 12GB", "card whose speed and size of launches are taken, e.g. RTX 4090")
     batch_size: int = setting(32, "items per step")
     chunk_sizes: tuple[int, ...] = setting((1, 4, 32), "items encoded at a time, one line of the table each")
-    search: bool = setting(True, "look for the largest chunk that fits, with and without gradient checkpointing")
+    search: bool = setting(
+        True,
+        "look for the largest chunk that fits, with and without gradient checkpointing, and for the fewest layers that "
+        "need it with that chunk",
+    )
     text_tokens: int | None = setting(None, "tokens of the longest text sequence, in place of the items'")
     image_tokens: int | None = setting(None, "tokens of the largest picture, in place of the items'")
     gradient_checkpointing: bool = setting(True, "recompute activations in backward, in the lines of the table")
+    checkpointed_layers: int | None = setting(None, "in these lines, how many layers, from the first on; none: all")
     quantization: Literal["nf4", "none"] = setting("nf4", "how the language model's frozen weights are held")
     double_quant: bool = setting(True, "hold the scales of the 4-bit weights in 8 bits too (nested statistics)")
     precision: Literal["bf16", "fp32"] = setting("bf16", "dtype of activations and of what is not in 4 bits")
@@ -84,15 +89,20 @@ class PlanConfig:
         if not self.chunk_sizes or min(self.chunk_sizes) < 1:
             raise ValueError(f"chunk_sizes must be at least 1, got {self.chunk_sizes}")
 
-    def finetune(self, chunk_size: int, *, gradient_checkpointing: bool) -> FinetuneConfig:
-        """The fine-tuning run that a line of the table is about; a chunk of the whole batch is no chunk."""
+    def finetune(self, chunk_size: int, checkpointed_layers: int | None) -> FinetuneConfig:
+        """The fine-tuning run that a line of the table is about; a chunk of the whole batch is no chunk.
+
+        Args:
+            checkpointed_layers: None: all.
+        """
         return FinetuneConfig(
             model=self.model,
             items=self.items or Path("items.jsonl"),
             output=Path("adapter"),
             batch_size=self.batch_size,
             chunk_size=None if chunk_size >= self.batch_size else chunk_size,
-            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing=checkpointed_layers != 0,
+            checkpointed_layers=checkpointed_layers or None,
             quantization=self.quantization,
             double_quant=self.double_quant,
             precision=self.precision,
@@ -115,6 +125,7 @@ class Plan:
         lines: a step per setting asked for.
         largest: gradient checkpointing or not -> the step with the largest chunk that fits; None if not even one item
             does.
+        fewest: the step with this chunk, with gradient checkpointing, and the fewest layers under it that fit.
         assumptions: what was not looked up or measured.
     """
 
@@ -124,6 +135,7 @@ class Plan:
     lengths: Lengths
     lines: list[StepPlan]
     largest: dict[bool, StepPlan | None]
+    fewest: StepPlan | None
     assumptions: list[str]
 
     def fits(self, step: StepPlan) -> bool:
@@ -142,6 +154,12 @@ class Plan:
                     f"{step.peak / GIB:.2f} GiB, {step.seconds:.1f} s a step"
                 )
             page.append(f"- {found}")
+        if self.fewest is not None:
+            page.append(
+                f"- of its layers {self.fewest.checkpointed_layers} of {self.fewest.num_layers} have to be under it "
+                f"(`finetune --checkpointed-layers auto`) with the chunk {chunk_name(self.fewest)}: "
+                f"{self.fewest.peak / GIB:.2f} GiB, {self.fewest.seconds:.1f} s a step"
+            )
         page += [f"- {assumption}" for assumption in self.assumptions]
         return "\n".join(page)
 
@@ -156,12 +174,18 @@ def cells(step: StepPlan) -> list[str]:
     """A line of the table; parts in GiB."""
     parts = [f"{step.parts[name] / GIB:.2f}" for name in HEAD[3:11]]
     seconds = "" if step.seconds is None else f"{step.seconds:.1f}"
-    on = "yes" if step.gradient_checkpointing else "no"
+    on = checkpointing_name(step.checkpointed_layers, step.num_layers)
     return [str(step.batch_size), chunk_name(step), on, *parts, f"{step.peak / GIB:.2f}", seconds]
 
 
 def chunk_name(step: StepPlan) -> str:
     return f"all {step.batch_size}" if step.chunk_size is None else str(step.chunk_size)
+
+
+def checkpointing_name(checkpointed_layers: int, num_layers: int) -> str:
+    if checkpointed_layers in (0, num_layers):
+        return "yes" if checkpointed_layers else "no"
+    return f"{checkpointed_layers} of {num_layers}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -194,10 +218,10 @@ def plan(config: PlanConfig) -> Plan:
         )
     source = ChunkSource(config, lvlm, items)
 
-    def step(chunk_size: int, checkpointing: bool) -> StepPlan:
-        logger.info("chunk %d, checkpointing %s", chunk_size, checkpointing)
+    def step(chunk_size: int, checkpointed_layers: int | None) -> StepPlan:
+        logger.info("chunk %d, checkpointed layers %s", chunk_size, checkpointed_layers)
         chunk_size = min(chunk_size, config.batch_size)
-        run = config.finetune(chunk_size, gradient_checkpointing=checkpointing)
+        run = config.finetune(chunk_size, checkpointed_layers)
         shares = {"image": source.lengths.image_share, "text": source.lengths.text_share}
         return plan_step(
             lvlm,
@@ -209,7 +233,8 @@ def plan(config: PlanConfig) -> Plan:
             tower_cached=config.tower_cached,
         )
 
-    lines = [step(size, config.gradient_checkpointing) for size in config.chunk_sizes]
+    asked = config.checkpointed_layers if config.gradient_checkpointing else 0
+    lines = [step(size, asked) for size in config.chunk_sizes]
     assumptions = [
         f"the largest picture takes {lines[0].picture_bytes / 1e6:.2f} MB in a tower cache",
         f"lengths: {source.lengths.text} tokens in a text, {source.lengths.image} in an image sequence "
@@ -219,15 +244,22 @@ def plan(config: PlanConfig) -> Plan:
     ]
     if is_preset:
         assumptions.append("the configuration is the library's copy of the published one; the hub was not reached")
-    result = Plan(config.model, card, memory, source.lengths, lines, {}, assumptions)
-    if config.search:
-        for checkpointing in (True, False):
-            done = {one.chunk_size or config.batch_size: one for one in lines}
-            known = done if checkpointing == config.gradient_checkpointing else {}
-            result.largest[checkpointing] = largest_that_fits(
-                lambda size, on=checkpointing: step(size, on), result.fits, memory, config.batch_size, known
-            )
-    return result
+    result = Plan(config.model, card, memory, source.lengths, lines, {}, None, assumptions)
+    if not config.search:
+        return result
+    done = {one.chunk_size or config.batch_size: one for one in lines}
+    for checkpointing, layers in ((True, None), (False, 0)):
+        known = done if asked == layers else {}
+        result.largest[checkpointing] = largest_that_fits(
+            lambda size, layers=layers: step(size, layers), result.fits, memory, config.batch_size, known
+        )
+    largest = result.largest[True]
+    if largest is None:
+        return result
+    fewest = fewest_layers_that_fit(
+        lambda layers: step(largest.chunk_size or config.batch_size, layers), result.fits, memory, largest
+    )
+    return dataclasses.replace(result, fewest=fewest)
 
 
 class ChunkSource:
@@ -235,7 +267,7 @@ class ChunkSource:
 
     def __init__(self, config: PlanConfig, lvlm: LVLM, items: Sequence[Item]) -> None:
         self.lvlm, self.items = lvlm, items
-        example = config.finetune(1, gradient_checkpointing=True)
+        example = config.finetune(1, None)
         options = ImageOptions(config.min_pixels, config.max_pixels)
         given = config.text_tokens is not None or config.image_tokens is not None
         self.maker = None
@@ -285,6 +317,32 @@ def largest_that_fits(
         runs[size] = step(size)
     fitting = [size for size, one in runs.items() if fits(one)]
     return runs[max(fitting)] if fitting else None
+
+
+def fewest_layers_that_fit(step: Any, fits: Any, memory: int, complete: StepPlan) -> StepPlan:
+    """The step with the fewest checkpointed layers that fits; the peak grows about evenly with those that are not.
+
+    Args:
+        step: number of checkpointed layers -> StepPlan.
+        fits: StepPlan -> bool.
+        complete: the step with all layers checkpointed, which fits.
+    """
+    total = complete.num_layers
+    runs = {total: complete}
+    # The last layer's activations take no room of their own, so that the slope is that of the ones before.
+    for layers in (total - 1, max(0, total - 3)):
+        runs[layers] = step(layers)
+    for _ in range(MOST_TRIES):
+        best = min(layers for layers, one in runs.items() if fits(one))
+        least = max((layers for layers, one in runs.items() if not fits(one)), default=-1)
+        if best - 1 <= least:
+            break
+        few = min(runs)
+        slope = max(1.0, (runs[few].peak - runs[total - 1].peak) / max(1, total - 1 - few))
+        guess = few + math.ceil((runs[few].peak + RESERVED_BYTES - memory) / slope)
+        layers = max(min(guess, best - 1), least + 1)
+        runs[layers] = step(layers)
+    return runs[min(layers for layers, one in runs.items() if fits(one))]
 
 
 def processor_if_there(name: str, config: Any) -> Any:

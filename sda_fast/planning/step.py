@@ -37,7 +37,8 @@ class StepPlan:
     """What one step needs.
 
     Attributes:
-        batch_size, chunk_size, gradient_checkpointing: the setting; chunk_size None is the whole batch at once.
+        batch_size, chunk_size: the setting; chunk_size None is the whole batch at once.
+        checkpointed_layers, num_layers: how many of the decoder's layers are recomputed, and how many there are.
         parts: bytes at the peak, by part (sda_fast.planning.ledger.PARTS).
         kept: most bytes that autograd kept for backward between forward and backward.
         seconds: estimated, of a step of mean lengths; None without a card.
@@ -47,7 +48,8 @@ class StepPlan:
 
     batch_size: int
     chunk_size: int | None
-    gradient_checkpointing: bool
+    checkpointed_layers: int
+    num_layers: int
     parts: Mapping[str, int]
     kept: int
     seconds: float | None
@@ -173,8 +175,8 @@ def plan_step(
 
     Args:
         lvlm: from `fake_lvlm`; adapted here if it is not yet.
-        config: batch_size, chunk_size, gradient_checkpointing, optimizer, tower_batch, tower_offload and the adapter's
-            and loss's settings count.
+        config: batch_size, chunk_size, gradient_checkpointing, checkpointed_layers (a number), optimizer, tower_batch,
+            tower_offload and the adapter's and loss's settings count.
         chunks: "image" and "text" -> real tensors of one chunk, the longest that is to come.
         fake_mode: that the model was made in.
         card: the GPU to plan for; None: a step on the CPU, as it is.
@@ -222,7 +224,11 @@ def plan_step(
         ledger.reset_peak()
         ledger.seconds.clear()
         ledger.flops.clear()
-        with training_mode(lvlm, gradient_checkpointing=config.gradient_checkpointing):
+        checkpointed = config.checkpointed_layers if isinstance(config.checkpointed_layers, int) else None
+        with training_mode(
+            lvlm, gradient_checkpointing=config.gradient_checkpointing, checkpointed_layers=checkpointed
+        ) as layers:
+            checkpointed = layers.count
             step(batch)
         ledger.section = "optimizer"
         if optimizer is not None:
@@ -234,7 +240,8 @@ def plan_step(
     return StepPlan(
         config.batch_size,
         config.chunk_size if isinstance(config.chunk_size, int) else None,
-        config.gradient_checkpointing,
+        checkpointed,
+        len(layers),
         {part: ledger.peak_parts.get(part, 0) for part in PARTS},
         max(step.kept),
         summed(ledger.seconds, step.runs + tower.runs, shares) if card is not None else None,

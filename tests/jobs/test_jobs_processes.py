@@ -89,9 +89,10 @@ def assert_same_vectors(table, alone):
 def test_two_processes_give_what_one_does_with_an_uneven_batch(small_world, finetune_config, tmp_path):
     embedding = embedding_settings(small_world, tmp_path)
     common = {"batch_size": 7, "steps": 3, "lora_dropout": 0.0, "learning_rate": 1e-3}
-    cached = {**common, "chunk_size": 2, "tower_cache": tmp_path / "tower"}
+    fewest_layers = {"gradient_checkpointing": True, "checkpointed_layers": "auto"}
+    cached = {**common, **fewest_layers, "chunk_size": 2, "tower_cache": tmp_path / "tower"}
     runs = {"chunked": cached, "infonce": {**common, "loss": "infonce"}}
-    runs["scarce"] = {**common, "chunk_size": 100}
+    runs["scarce"] = {**common, **fewest_layers, "chunk_size": 100}
     runs["scarce-auto"] = {**common, "chunk_size": "auto"}
     hopeless = {"hopeless": {**common, "chunk_size": 2}, "hopeless-auto": {**common, "chunk_size": "auto"}}
     every = {**hopeless, **runs}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import pytest
 
-from sda_fast.plan import PlanConfig, bytes_of, largest_that_fits, plan
+from sda_fast.plan import PlanConfig, bytes_of, fewest_layers_that_fit, largest_that_fits, plan
 from sda_fast.planning.cards import GIB, card_named, card_of_device
 
 
@@ -120,3 +121,41 @@ def test_a_large_batch_costs_hardly_more_memory_than_a_small_one_in_the_same_chu
 def test_without_items_and_lengths_the_planner_says_what_is_missing(tiny_config):
     with pytest.raises(ValueError, match="give items, or text_tokens"):
         plan(PlanConfig(model=str(tiny_config)))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 28])
+@pytest.mark.parametrize("memory", [10, 11, 14, 31, 50, 200])
+def test_the_search_finds_the_fewest_checkpointed_layers_that_fit_within_few_runs(layers, memory):
+    reserved = bytes_of("0.75GiB")
+    runs = []
+
+    def peak(checkpointed):
+        return (8 + 1.5 * max(0, layers - 1 - checkpointed)) * GIB
+
+    def step(checkpointed):
+        runs.append(checkpointed)
+        return SimpleNamespace(peak=peak(checkpointed), checkpointed_layers=checkpointed, num_layers=layers)
+
+    complete = SimpleNamespace(peak=peak(layers), checkpointed_layers=layers, num_layers=layers)
+    limit = memory * GIB + reserved
+    found = fewest_layers_that_fit(step, lambda one: one.peak + reserved <= limit, limit, complete)
+    assert found.checkpointed_layers == min(count for count in range(layers + 1) if peak(count) <= memory * GIB)
+    assert len(runs) <= 5
+
+
+def test_some_checkpointed_layers_lie_between_none_and_all(tiny_config):
+    def step(**changes):
+        config = PlanConfig(model=str(tiny_config), text_tokens=40, image_tokens=9, batch_size=4, chunk_sizes=(4,))
+        return plan(dataclasses.replace(config, search=False, **changes)).lines[0]
+
+    none, one, both = step(gradient_checkpointing=False), step(checkpointed_layers=1), step()
+    assert [(each.checkpointed_layers, each.num_layers) for each in (none, one, both)] == [(0, 2), (1, 2), (2, 2)]
+    assert none.flops < one.flops < both.flops and none.seconds < one.seconds < both.seconds
+    assert none.kept > one.kept > both.kept and none.peak > one.peak
+
+
+def test_the_page_says_how_many_layers_have_to_be_checkpointed(tiny_config):
+    config = PlanConfig(model=str(tiny_config), text_tokens=40, image_tokens=9, batch_size=4, chunk_sizes=(4,))
+    answer = plan(config)
+    assert answer.fewest is not None and answer.fewest.checkpointed_layers == 0
+    assert "of its layers 0 of 2 have to be under it (`finetune --checkpointed-layers auto`)" in str(answer)
