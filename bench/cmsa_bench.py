@@ -45,7 +45,8 @@ Record = dict[str, Any]
 def run(config: Any) -> str:
     """Measure, write the device's results file after every case, and return the table as text; see `BenchConfig`.
 
-    Records that the file has from the same device and versions stay in it until they are measured again.
+    Records that the file has from the same device and versions stay in it. Those with figures of as many seconds are not
+    measured again, unless `config.anew`.
     """
     device = torch.device(chosen_device(config.device))
     path = results_file(config.output, "cmsa", device)
@@ -61,8 +62,10 @@ def run(config: Any) -> str:
     started = time.perf_counter()
     for case, method in tqdm(todo, unit="case", desc="cmsa", disable=None):
         logger.info("%s: %s", case, method)
-        record = described(case, method) | {"command": config.invocation}
+        record = described(case, method) | {"command": config.invocation, "timed_for": config.seconds}
         others = without(record, document["records"])
+        if not config.anew and any(is_measured(old, record) for old in document["records"]):
+            continue
         if time.perf_counter() - started <= config.limit:
             record |= measured(case, method, device, config.seconds, document["records"])
         elif len(others) < len(document["records"]):
@@ -100,6 +103,12 @@ def described(case: Case, method: str) -> Record:
 
 def without(record: Record, records: Sequence[Record]) -> list[Record]:
     return [other for other in records if any(other[name] != record[name] for name in KEY)]
+
+
+def is_measured(old: Record, record: Record) -> bool:
+    """Whether `old` has the figures that `record` is to get."""
+    alike = all(old.get(name) == record[name] for name in (*KEY, "timed_for"))
+    return alike and "milliseconds" in old
 
 
 def measured(case: Case, method: str, device: torch.device, seconds: float, records: Sequence[Record]) -> Record:

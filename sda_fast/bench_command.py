@@ -77,8 +77,8 @@ class BenchConfig:
     limit: float = setting(3600.0, "start no further case after so many seconds")
     anew: bool = setting(
         False,
-        "layer: measure again the cases that the results file has from the same device, versions, methods, seconds and "
-        "compile cases; otherwise a run goes on where the last one stopped",
+        "layer, cmsa: measure again the cases that the results file has from the same device, versions and seconds "
+        "(layer: also methods and compile cases); otherwise a run goes on where the last one stopped",
     )
     measure: bool = setting(True, "--no-measure only draws and writes tables from the results files there are")
     output: Path | None = setting(

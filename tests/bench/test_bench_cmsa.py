@@ -55,6 +55,24 @@ def test_a_run_writes_results_picture_and_page_and_a_second_one_adds_to_them(ben
     assert both[: len(first)] == first and both[-1]["reason"] == "not measured: the time allowed for the run was over"
 
 
+def test_a_run_goes_on_where_the_last_one_stopped_unless_it_is_to_begin_anew(bench, tmp_path, monkeypatch) -> None:
+    path = bench.bench.results_file(tmp_path, "cmsa", torch.device("cpu"))
+    measured = []
+
+    def figures(case, method, *_):
+        measured.append((case.loss, case.B))
+        return {"milliseconds": [1.0, 1.0, 1.0], "to_floor": 1.0, "peak_bytes": 1, "error": 0.0}
+
+    monkeypatch.setattr(bench.bench, "measured", figures)
+    monkeypatch.setattr(bench.tables, "as_text", lambda document: "")
+    for options in ({"items": (16,)}, {}, {"seconds": 0.02}, {"seconds": 0.02, "anew": True}):
+        run_bench(config(tmp_path, "ours", **options))
+    small, large = [("CMSA", 16), ("InfoNCE", 16)], [("CMSA", 40), ("InfoNCE", 40)]
+    every = [("CMSA", 16), ("CMSA", 40), ("InfoNCE", 16), ("InfoNCE", 40)]
+    assert measured == small + large + every + every
+    assert len(json.loads(path.read_text())["records"]) == 4
+
+
 def test_too_much_memory_or_time_is_not_started(bench, monkeypatch: pytest.MonkeyPatch) -> None:
     case = bench.cases.Case("CMSA", 1000, 8, torch.float32)
     cpu = torch.device("cpu")
