@@ -45,8 +45,8 @@ Record = dict[str, Any]
 def run(config: Any) -> str:
     """Measure, write the device's results file after every case, and return the table as text; see `BenchConfig`.
 
-    Records that the file has from the same device and versions stay in it. Those with figures of as many seconds are not
-    measured again, unless `config.anew`.
+    Records that the file has from the same device and versions stay in it. Those with figures of as many seconds are
+    not measured again, unless `config.anew`.
     """
     device = torch.device(chosen_device(config.device))
     path = results_file(config.output, "cmsa", device)
