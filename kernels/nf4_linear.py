@@ -17,7 +17,7 @@ from sda_fast.kernels.configs import cdiv, next_power_of_2, padded_rank, program
 from sda_fast.kernels.gating import gates_are_per_row, load_gated
 from sda_fast.kernels.launching import kernel, prepare
 from sda_fast.kernels.moda_forward import row_stride
-from sda_fast.kernels.nf4 import decode_tile, placement_of, unpack_statistics
+from sda_fast.kernels.nf4 import as_words, decode_tile, placement_of, unpack_statistics
 
 LARGEST_SMALL_M = 64
 FINISH_COLUMNS = 32
@@ -285,7 +285,7 @@ def small_linear_4bit(
     shape = (M, N, K, element_size, blocksize, nested_blocksize)
     launch, splits = prepare_small_product(*shape, programs, splits, x.stride(0))
     parts = torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
-    launch(x, data, *unpack_statistics(statistics), parts)
+    launch(x, as_words(data), *unpack_statistics(statistics), parts)
     R = 0 if h is None else h.shape[1]
     rank_per_expert = 1 if gates is None or R == 0 else R // gates.shape[1]
     strides = row_stride(h), row_stride(lora_B), row_stride(gates), y.stride(0)

@@ -80,6 +80,21 @@ for variant in of_kernel.values():
     compile_variant(dataclasses.replace(variant, signature=others, constexprs=constexprs, aligned=()), "sm_80")
 """
 
+WIDE_LOADS = r"""
+import re
+from sda_fast.kernels.gate import compile_variant
+from sda_fast.kernels.nf4_variants import VARIANTS
+variants = {variant.name: variant for variant in VARIANTS}
+for target in ("sm_80", "sm_90"):
+    for name in ("decode", "decode nested fold R=16", "small product bf16 M=1"):
+        ptx = compile_variant(variants[name], target).asm["ptx"]
+        loads = re.findall(r"ld\.global\S*", ptx)
+        copies = re.findall(r"cp\.async\.\S+ \[[^]]*\], \[[^]]*\], 0x10", ptx)
+        assert copies if "small" in name else any(load.endswith(".v4.b32") for load in loads), (target, name, loads)
+        # Scales may be single bytes, two a thread; codes may not.
+        assert sum(load.endswith((".b8", ".u8")) for load in loads) <= 2, (target, name, loads)
+"""
+
 INTERPRETED = """
 from sda_fast.cli import main
 assert main(["kernels", "--name", "project bf16 R=16"]) == 2
@@ -127,6 +142,10 @@ def test_representative_kernels_pass_the_gate():
 
 def test_the_gate_sees_spills_shared_memory_and_missing_tensor_cores():
     run(FAULTY)
+
+
+def test_packed_codes_are_read_sixteen_bytes_at_once_and_ahead_in_the_small_product():
+    run(WIDE_LOADS)
 
 
 def test_kernels_compile_where_every_size_and_stride_is_one():

@@ -74,6 +74,19 @@ def test_nested_statistics_span_several_outer_blocks():
     assert torch.equal(theirs, exact)
 
 
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_codes_may_begin_anywhere_in_their_memory(offset):
+    shape = (24, 128)
+    data, statistics, nested_blocksize, exact, _ = quantize(shape, 64, nested=True)
+    moved = torch.cat((data.new_zeros(offset), data))[offset:]
+    assert moved.data_ptr() % 4 == offset % 4
+    x = torch.randn(3, 128, device=DEVICE)
+    decoded = decode_4bit(moved, statistics, shape, 64, nested_blocksize, dtype=torch.float32)
+    assert torch.equal(decoded, exact)
+    same = [small_linear_4bit(x, codes, statistics, 24, 64, nested_blocksize) for codes in (data, moved)]
+    assert torch.equal(*same)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("blocksize", [32, 256])
 @pytest.mark.parametrize("R, E", [(1, 1), (24, 8), (128, 4)])
