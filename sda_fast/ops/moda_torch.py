@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sda_fast.ops.dropout import drop, dropout_scale, element_masks, keep_bits, masked
+from sda_fast.ops.dropout import drop, dropout_scale, dropping, keep_bits
 from sda_fast.ops.quantized import WeightLayout, decode, workspaces
 
 # Elements of x that are masked at once: the masked copy should stay in the cache.
@@ -196,10 +196,10 @@ def low_rank_backward(
     scaled = (dh * scale).to(dtype)
     dA: Tensor | None = None
     for rows in row_chunks(dh.shape[0], lora_A.shape[1]):
-        masks = element_masks(bits[rows], lora_A.shape[1], dtype)
+        dropped = dropping(bits[rows], lora_A.shape[1], dtype)
         if needs_A and x is not None:
-            part = scaled[rows].t() @ masked(x[rows], masks)
+            part = scaled[rows].t() @ dropped(x[rows])
             dA = part.to(dh.dtype) if dA is None else dA.add_(part)
         if dx is not None:
-            dx[rows].add_(masked(scaled[rows] @ lora_A, masks))
+            dx[rows].add_(dropped(scaled[rows] @ lora_A))
     return dA
