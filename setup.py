@@ -23,7 +23,8 @@ from setuptools.errors import CompileError
 CSRC = Path(__file__).resolve().parent / "csrc"
 cuda = runpy.run_path(str(CSRC / "compile.py"))
 host = runpy.run_path(str(CSRC / "host" / "compile.py"))
-BUILDERS = {"sda_fast.ops.libsda_fast_cuda": cuda["build"], "sda_fast.ops.libsda_fast_host": host["build"]}
+CUDA_LIBRARY, HOST_LIBRARY = "sda_fast.ops.libsda_fast_cuda", "sda_fast.ops.libsda_fast_host"
+BUILD = {CUDA_LIBRARY: cuda["build"], HOST_LIBRARY: host["build"]}
 
 
 class BuildLibraries(build_ext):
@@ -34,20 +35,20 @@ class BuildLibraries(build_ext):
 
     def build_extension(self, extension):
         try:
-            BUILDERS[extension.name](Path(self.get_ext_fullpath(extension.name)).resolve())
+            BUILD[extension.name](Path(self.get_ext_fullpath(extension.name)).resolve())
         except (subprocess.CalledProcessError, OSError) as error:
             raise CompileError(f"{extension.name} did not compile: {error}") from error
 
 
 def extensions():
     return [
-        *extension("CUDA", "sda_fast.ops.libsda_fast_cuda", cuda["reason_not_to_build"]),
-        *extension("host", "sda_fast.ops.libsda_fast_host", host["reason_not_to_build"]),
+        *extension("CUDA", CUDA_LIBRARY, cuda["reason_not_to_build"]),
+        *extension("host", HOST_LIBRARY, lambda forced: host["reason_not_to_build"]()),
     ]
 
 
 def extension(kind, name, reason_not_to_build):
-    """The library in a list, or none if it is not to be built."""
+    """The library as setuptools takes it, in a list that is empty if it is not to be built."""
     variable = f"SDA_FAST_{kind.upper()}"
     choice = os.environ.get(variable, "auto")
     if choice not in ("0", "1", "auto"):
