@@ -34,8 +34,11 @@ class BuildLibraries(build_ext):
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, extension):
+        output = Path(self.get_ext_fullpath(extension.name)).resolve()
+        # Of a build that fails no older library may be left to be packed.
+        output.unlink(missing_ok=True)
         try:
-            BUILD[extension.name](Path(self.get_ext_fullpath(extension.name)).resolve())
+            BUILD[extension.name](output)
         except (subprocess.CalledProcessError, OSError) as error:
             raise CompileError(f"{extension.name} did not compile: {error}") from error
 

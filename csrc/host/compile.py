@@ -1,5 +1,5 @@
-"""Builds the host library with the host's C++ compiler: `python csrc/host/compile.py OUTPUT.so`. Used by setup.py and by
-the tests.
+"""Builds the host library with the host's C++ compiler: `python csrc/host/compile.py OUTPUT.so`. Used by setup.py and
+by the tests.
 
 No flag names a processor: what is faster with AVX2 is chosen when the library runs.
 """

@@ -1,4 +1,4 @@
-"""The dropout mask: one specification, a plain version and a packed one (that of the host library: test_host_library)."""
+"""The dropout mask: one specification, a plain version and packed ones (the host library's: test_host_library)."""
 
 from __future__ import annotations
 
