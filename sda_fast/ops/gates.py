@@ -158,8 +158,8 @@ def gradients_of(
             if modality == EVERY_MODALITY:
                 wanted.append(of_rows.to(gate_embedding.dtype))
             else:
-                wanted.append(torch.zeros_like(gate_embedding, memory_format=torch.contiguous_format))
-                wanted[0][modality] = of_rows[0]
+                wanted.append(gate_embedding.new_zeros(gate_embedding.shape))
+                wanted_rows(wanted[0], modality).copy_(of_rows)
         if needs_proj:
             of_proj = dlogits * wanted_rows(gate_embedding, modality)[:, None]
             wanted.append((of_proj[0] if len(of_proj) == 1 else of_proj.sum(0)).to(gate_proj.dtype))
