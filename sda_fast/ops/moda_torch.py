@@ -77,7 +77,7 @@ def gated(matrix: Tensor, gate: Tensor) -> Tensor:
     """matrix * G for G given as one line per id: [M, R]."""
     if gate.shape[0] in (1, matrix.shape[0]):
         return matrix * gate
-    return (by_id(matrix, gate.shape[0]) * gate[:, None]).view(matrix.shape)
+    return (by_id(matrix, gate.shape[0]) * gate.unsqueeze(1)).view(matrix.shape)
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
