@@ -40,7 +40,7 @@ def command(output: Path) -> list[str]:
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError(f"no C++ compiler was found (CXX, {', '.join(COMPILERS)})")
-    return [*compiler, "-std=c++17", "-O3", "-fPIC", "-shared", str(SOURCE), "-o", str(output)]
+    return [*compiler, "-std=c++17", "-O3", "-fPIC", "-pthread", "-shared", str(SOURCE), "-o", str(output)]
 
 
 def build(output: Path) -> None:

@@ -1,8 +1,12 @@
 // The dropout mask of sda_fast/ops/dropout.py on the host: drawn by Philox4x32-7, and applied to a matrix.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #if defined(__x86_64__) && !defined(SDA_FAST_PLAIN)
 #define SDA_FAST_AVX2
@@ -14,6 +18,27 @@ namespace {
 constexpr std::uint32_t MULTIPLIER_0 = 0xD2511F53, MULTIPLIER_1 = 0xCD9E8D57;
 constexpr std::uint32_t WEYL_0 = 0x9E3779B9, WEYL_1 = 0xBB67AE85;
 constexpr int ROUNDS = 7;
+// Bytes of the mask that are worth a thread: a good 0.1 ms of work.
+constexpr std::size_t BYTES_PER_THREAD = 65536;
+
+// Calls work(first, end) for parts of `count` items, each of so many bytes of the mask, on up to `threads` threads.
+template <typename Work>
+void in_parts(std::size_t count, std::size_t bytes, std::size_t threads, const Work& work) {
+    const std::size_t parts = std::max<std::size_t>(1, std::min(threads, count * bytes / BYTES_PER_THREAD));
+    const std::size_t size = (count + parts - 1) / parts;
+    std::vector<std::thread> others;
+    others.reserve(parts);
+    for (std::size_t first = size; first < count; first += size) {
+        const std::size_t end = std::min(first + size, count);
+        try {
+            others.emplace_back(work, first, end);
+        } catch (const std::system_error&) {
+            work(first, end);
+        }
+    }
+    work(0, std::min(size, count));
+    for (std::thread& other : others) other.join();
+}
 
 // Bit 2i and bit 2i + 1: whether the lower and the upper half of word i reach the threshold, at most 65535.
 inline std::uint32_t kept_bits(std::uint32_t word, std::uint32_t threshold) {
@@ -94,8 +119,17 @@ __attribute__((target("avx2"))) void keep_bits_avx2(std::uint64_t first, std::si
 
 #endif
 
+void keep_bits(std::uint64_t first, std::size_t count, std::uint32_t threshold, std::uint64_t seed,
+               std::uint8_t* bits) {
+#ifdef SDA_FAST_AVX2
+    static const bool has_avx2 = __builtin_cpu_supports("avx2");
+    if (has_avx2) return keep_bits_avx2(first, count, threshold, seed, bits);
+#endif
+    keep_bits_plain(first, count, threshold, seed, bits);
+}
+
 template <typename Word>
-void drop(const Word* values, const std::uint8_t* bits, std::size_t rows, std::size_t columns, Word* out) {
+void drop_rows(const Word* values, const std::uint8_t* bits, std::size_t rows, std::size_t columns, Word* out) {
     constexpr int WIDTH = 16 / sizeof(Word);
     typedef Word Words __attribute__((vector_size(16)));
     Words places[8 / WIDTH];
@@ -118,32 +152,39 @@ void drop(const Word* values, const std::uint8_t* bits, std::size_t rows, std::s
     }
 }
 
+template <typename Word>
+void drop(const Word* values, const std::uint8_t* bits, std::size_t rows, std::size_t columns, Word* out,
+          std::size_t threads) {
+    const std::size_t bytes = (columns + 7) / 8;
+    in_parts(rows, bytes, threads, [=](std::size_t first, std::size_t end) {
+        drop_rows(values + first * columns, bits + first * bytes, end - first, columns, out + first * columns);
+    });
+}
+
 }  // namespace
 
 extern "C" {
 
 void sda_fast_keep_bits(std::uint64_t first, std::size_t count, std::uint32_t threshold, std::uint64_t seed,
-                        std::uint8_t* bits) {
-#ifdef SDA_FAST_AVX2
-    static const bool has_avx2 = __builtin_cpu_supports("avx2");
-    if (has_avx2) return keep_bits_avx2(first, count, threshold, seed, bits);
-#endif
-    keep_bits_plain(first, count, threshold, seed, bits);
+                        std::uint8_t* bits, std::size_t threads) {
+    in_parts(count, 1, threads, [=](std::size_t start, std::size_t end) {
+        keep_bits(first + start, end - start, threshold, seed, bits + start);
+    });
 }
 
 void sda_fast_drop_16(const std::uint16_t* values, const std::uint8_t* bits, std::size_t rows, std::size_t columns,
-                      std::uint16_t* out) {
-    drop(values, bits, rows, columns, out);
+                      std::uint16_t* out, std::size_t threads) {
+    drop(values, bits, rows, columns, out, threads);
 }
 
 void sda_fast_drop_32(const std::uint32_t* values, const std::uint8_t* bits, std::size_t rows, std::size_t columns,
-                      std::uint32_t* out) {
-    drop(values, bits, rows, columns, out);
+                      std::uint32_t* out, std::size_t threads) {
+    drop(values, bits, rows, columns, out, threads);
 }
 
 void sda_fast_drop_64(const std::uint64_t* values, const std::uint8_t* bits, std::size_t rows, std::size_t columns,
-                      std::uint64_t* out) {
-    drop(values, bits, rows, columns, out);
+                      std::uint64_t* out, std::size_t threads) {
+    drop(values, bits, rows, columns, out, threads);
 }
 
 }  // extern "C"

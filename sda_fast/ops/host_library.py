@@ -19,12 +19,12 @@ LIBRARY_PATH = Path(__file__).with_name("libsda_fast_host.so")
 DROP_OF_SIZE = {2: "sda_fast_drop_16", 4: "sda_fast_drop_32", 8: "sda_fast_drop_64"}
 ARGUMENTS = {
     "sda_fast_keep_bits": (
-        *(ctypes.c_uint64, ctypes.c_size_t, ctypes.c_uint32),
-        *(ctypes.c_uint64, ctypes.c_void_p),
+        *(ctypes.c_uint64, ctypes.c_size_t, ctypes.c_uint32, ctypes.c_uint64),
+        *(ctypes.c_void_p, ctypes.c_size_t),
     ),
     **dict.fromkeys(
         DROP_OF_SIZE.values(),
-        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p),
+        (*(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t), *(ctypes.c_void_p, ctypes.c_size_t)),
     ),
 }
 
@@ -75,7 +75,7 @@ def keep_bits(bits: Tensor, threshold: int, seed: int, first: int = 0) -> None:
         bits: uint8 on the CPU, contiguous; overwritten.
         threshold: the 16-bit sample below which an element is dropped, at most 65535.
     """
-    loaded().sda_fast_keep_bits(first, bits.numel(), threshold, seed, bits.data_ptr())
+    loaded().sda_fast_keep_bits(first, bits.numel(), threshold, seed, bits.data_ptr(), torch.get_num_threads())
 
 
 def drop(values: Tensor, bits: Tensor) -> Tensor:
@@ -89,5 +89,5 @@ def drop(values: Tensor, bits: Tensor) -> Tensor:
     values, bits = values.contiguous(), bits.contiguous()
     out = torch.empty_like(values)
     apply = getattr(loaded(), DROP_OF_SIZE[values.dtype.itemsize])
-    apply(values.data_ptr(), bits.data_ptr(), rows, columns, out.data_ptr())
+    apply(values.data_ptr(), bits.data_ptr(), rows, columns, out.data_ptr(), torch.get_num_threads())
     return out

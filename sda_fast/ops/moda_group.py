@@ -172,7 +172,9 @@ def moda_group_outputs_kernel(
             from sda_fast.ops import moda_triton
 
             return moda_triton.outputs_of(members, x, h, modality_ids)
-        return [moda_torch.output_of(member, x, moda_torch.columns_of(h, member.ranks), modality_ids) for member in members]
+        return [
+            moda_torch.output_of(member, x, moda_torch.columns_of(h, member.ranks), modality_ids) for member in members
+        ]
 
 
 def moda_group_backward_kernel(

@@ -91,6 +91,19 @@ def test_the_library_keeps_values_bit_for_bit_and_zeroes_the_rest(
     assert torch.equal(dropping(bits, columns, dtype)(values).view(integer), dropped.view(integer))
 
 
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("threads", [2, 3, 64])
+def test_more_threads_draw_and_drop_the_same(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns, seed = 701, 3001, torch.tensor([2**40 + 9])
+    values = torch.randn(rows, columns)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    bits = keep_bits(rows, columns, 0.1, seed)
+    dropped = drop(values, bits)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert torch.equal(keep_bits(rows, columns, 0.1, seed), bits)
+    assert torch.equal(drop(values, bits), dropped)
+
+
 def forward_and_backward(dtype: torch.dtype, columns: int) -> list[Tensor]:
     """y and all gradients of a layer with dropout."""
     torch.manual_seed(3)
