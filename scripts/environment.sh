@@ -30,7 +30,7 @@ install_with() { # install_with EXTRA: installs sda-fast, editable, with the nam
     fi
     local stamp="$venv/.sda-fast-installed-${1:-base}"
     local wanted
-    wanted="$(cat pyproject.toml setup.py; echo "$torch")"
+    wanted="$(cat pyproject.toml setup.py csrc/host/*.*; echo "$torch")"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
             say "Installing $torch"

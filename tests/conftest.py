@@ -15,7 +15,7 @@ os.environ["SDA_FAST_TUNED"] = ""
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from sda_fast.ops import measured
+from sda_fast.ops import host_library, measured
 
 measured.PACKAGED_TABLES = Path(__file__).with_name("no-tables")
 
@@ -35,3 +35,9 @@ class OperationCounter(TorchDispatchMode):
 @pytest.fixture(scope="session")
 def operation_counter():
     return OperationCounter
+
+
+@pytest.fixture
+def without_host_library(monkeypatch, tmp_path):
+    """NumPy draws the masks on a CPU, whatever was built."""
+    monkeypatch.setattr(host_library, "LIBRARY_PATH", tmp_path / "absent.so")

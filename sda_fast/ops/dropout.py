@@ -8,11 +8,14 @@ sample >= round(p * 65536). Kept values are multiplied by 1 / (1 - round(p * 655
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sda_fast.ops import host_library
 
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -68,7 +71,7 @@ def keep_mask(rows: int, columns: int, dropout: float, seed: int, device: torch.
 
 
 def keep_bits(rows: int, columns: int, dropout: float, seed: Tensor) -> Tensor:
-    """`keep_mask` packed, computed chunk by chunk.
+    """`keep_mask` packed: on a CPU by the host library or NumPy, elsewhere by PyTorch, chunk by chunk.
 
     Args:
         seed: one int64 element on the device to compute on.
@@ -82,6 +85,9 @@ def keep_bits(rows: int, columns: int, dropout: float, seed: Tensor) -> Tensor:
         return bits.zero_().view(rows, groups)
     # NumPy's calls and integer loops cost half of PyTorch's on a CPU; elsewhere reading the seed would stop the stream.
     on_cpu = seed.device.type == "cpu"
+    if on_cpu and host_library.is_available():
+        host_library.keep_bits(bits, threshold, int(seed))
+        return bits.view(rows, groups)
     key: Any = int(seed) if on_cpu else seed.reshape(())
     for first in range(0, bits.numel(), COUNTERS_PER_CHUNK):
         chunk = bits[first : first + COUNTERS_PER_CHUNK]
@@ -156,6 +162,17 @@ def masked(values: Tensor, masks: Tensor) -> Tensor:
     return torch.bitwise_and(values.contiguous().view(masks.dtype), masks).view(values.dtype)
 
 
+def dropping(bits: Tensor, columns: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """What drops elements of matrices [M, columns] of `dtype` by the bits [M, ceil(columns / 8)] from `keep_bits`.
+
+    The result has the dropped elements set to zero and the kept ones as they are.
+    """
+    if bits.device.type == "cpu" and host_library.is_available():
+        return lambda values: host_library.drop(values, bits)
+    masks = element_masks(bits, columns, dtype)
+    return lambda values: masked(values, masks)
+
+
 def drop(values: Tensor, bits: Tensor) -> Tensor:
-    """`masked` by the bits [M, ceil(K / 8)] from `keep_bits`."""
-    return masked(values, element_masks(bits, values.shape[1], values.dtype))
+    """`values` [M, K] with elements dropped by the bits [M, ceil(K / 8)] from `keep_bits`."""
+    return dropping(bits, values.shape[1], values.dtype)(values)

@@ -116,7 +116,7 @@ def gates_of(gate_embedding: Tensor, gate_proj: Tensor, modality: int) -> Tensor
     with without_autocast(gate_proj.device):
         # Not a matrix product, which may round to fewer bits on a GPU.
         embedding = wanted_rows(gate_embedding, modality).to(dtype)
-        return torch.softmax((embedding[:, None] * gate_proj.to(dtype)).sum(-1), -1)
+        return torch.softmax((embedding.unsqueeze(1) * gate_proj.to(dtype)).sum(-1), -1)
 
 
 def moda_gates_backward_kernel(
@@ -152,16 +152,16 @@ def gradients_of(
     needs_embedding, needs_proj = needs
     wanted: list[Tensor] = []
     with without_autocast(gates.device):
-        dlogits = torch._softmax_backward_data(dgates, gates, -1, gates.dtype)[:, :, None]
+        dlogits = torch._softmax_backward_data(dgates, gates, -1, gates.dtype).unsqueeze(2)
         if needs_embedding:
             of_rows = (dlogits * gate_proj).sum(1)
             if modality == EVERY_MODALITY:
                 wanted.append(of_rows.to(gate_embedding.dtype))
             else:
-                wanted.append(torch.zeros_like(gate_embedding, memory_format=torch.contiguous_format))
-                wanted[0][modality] = of_rows[0]
+                wanted.append(gate_embedding.new_zeros(gate_embedding.shape))
+                wanted_rows(wanted[0], modality).copy_(of_rows)
         if needs_proj:
-            of_proj = dlogits * wanted_rows(gate_embedding, modality)[:, None]
+            of_proj = dlogits * wanted_rows(gate_embedding, modality).unsqueeze(1)
             wanted.append((of_proj[0] if len(of_proj) == 1 else of_proj.sum(0)).to(gate_proj.dtype))
     return wanted
 

@@ -146,7 +146,8 @@ class MoDAGroup(torch.autograd.Function):
         dB: Sequence[Tensor | None] = [None] * count
         of_gating: Sequence[Tensor | None] = [None] * len(tensors.gating)
         if needs_A:
-            parts = next(left).split([lora_A.shape[0] for lora_A in tensors.lora_A])
+            stacked = next(left)
+            parts = [stacked] if count == 1 else stacked.split([lora_A.shape[0] for lora_A in tensors.lora_A])
             dA = [part.to(lora_A.dtype) for part, lora_A in zip(parts, tensors.lora_A, strict=True)]
         if needs_B:
             dB = list(islice(left, count))

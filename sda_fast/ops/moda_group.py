@@ -172,7 +172,9 @@ def moda_group_outputs_kernel(
             from sda_fast.ops import moda_triton
 
             return moda_triton.outputs_of(members, x, h, modality_ids)
-        return [moda_torch.output_of(member, x, h[:, member.ranks], modality_ids) for member in members]
+        return [
+            moda_torch.output_of(member, x, moda_torch.columns_of(h, member.ranks), modality_ids) for member in members
+        ]
 
 
 def moda_group_backward_kernel(
@@ -212,11 +214,16 @@ def flat_gradients(gradients: Gradients, members: list[Member]) -> list[Tensor]:
     flat = [gradient for gradient in (gradients.dx, gradients.dA) if gradient is not None]
     for gradient, member in zip(gradients.dB, members, strict=True):
         if gradient is not None:
-            flat.append(gradient.to(member.lora_B.dtype).contiguous())
+            flat.append(contiguous_in(gradient, member.lora_B.dtype))
     for gradient, member in zip(gradients.dgates, members, strict=True):
         if gradient is not None:
-            flat.append(gradient.to(member.gates.dtype).contiguous())
+            flat.append(contiguous_in(gradient, member.gates.dtype))
     return flat
+
+
+def contiguous_in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype` and contiguous, copied once at most."""
+    return tensor.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 for device_key in ("CPU", "CUDA"):

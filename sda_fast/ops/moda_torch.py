@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sda_fast.ops.dropout import drop, dropout_scale, element_masks, keep_bits, masked
+from sda_fast.ops.dropout import drop, dropout_scale, dropping, keep_bits
 from sda_fast.ops.quantized import WeightLayout, decode, workspaces
 
 # Elements of x that are masked at once: the masked copy should stay in the cache.
@@ -64,7 +64,8 @@ def gate_of_ranks(member: Member, modality_ids: Tensor | None, dtype: torch.dtyp
     gates = member.gates.to(dtype) * member.scaling
     if modality_ids is not None:
         gates = gates.index_select(0, modality_ids)
-    return gates.repeat_interleave(member.lora_A.shape[0] // gates.shape[1], dim=1)
+    ranks = member.lora_A.shape[0] // gates.shape[1]
+    return gates if ranks == 1 else gates.repeat_interleave(ranks, dim=1)
 
 
 def by_id(matrix: Tensor, lines: int) -> Tensor:
@@ -76,13 +77,23 @@ def gated(matrix: Tensor, gate: Tensor) -> Tensor:
     """matrix * G for G given as one line per id: [M, R]."""
     if gate.shape[0] in (1, matrix.shape[0]):
         return matrix * gate
-    return (by_id(matrix, gate.shape[0]) * gate[:, None]).view(matrix.shape)
+    return (by_id(matrix, gate.shape[0]) * gate.unsqueeze(1)).view(matrix.shape)
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices of rows with at most ELEMENTS_PER_CHUNK elements each, at least one."""
     step = max(1, ELEMENTS_PER_CHUNK // max(1, columns))
     return (slice(first, min(first + step, rows)) for first in range(0, max(1, rows), step))
+
+
+def rows_of(matrix: Tensor, rows: slice) -> Tensor:
+    """The rows of a slice that starts within the matrix; all of them are the matrix itself."""
+    return matrix if rows.stop - rows.start == matrix.shape[0] else matrix[rows]
+
+
+def columns_of(matrix: Tensor, columns: slice) -> Tensor:
+    """`rows_of` for columns."""
+    return matrix if columns.stop - columns.start == matrix.shape[1] else matrix[:, columns]
 
 
 def in_one(parts: list[Tensor], dim: int = 0) -> Tensor:
@@ -98,7 +109,8 @@ def hidden(x: Tensor, lora_A: Sequence[Tensor], dropout: float, seed: Tensor | N
         return (x @ stacked.t()).to(wide(x.dtype)), bits
     assert seed is not None
     bits = keep_bits(x.shape[0], x.shape[1], dropout, seed)
-    parts = [drop(x[rows], bits[rows]) @ stacked.t() for rows in row_chunks(*x.shape)]
+    chunks = row_chunks(*x.shape)
+    parts = [drop(rows_of(x, rows), rows_of(bits, rows)) @ stacked.t() for rows in chunks]
     return in_one(parts).to(wide(x.dtype)).mul_(dropout_scale(dropout)), bits
 
 
@@ -145,14 +157,14 @@ def backward(
         dB = dgates = None
         if needs_B:
             assert h is not None
-            dB = (gated(h[:, member.ranks], gate).to(dtype).t() @ dy).t()
+            dB = (gated(columns_of(h, member.ranks), gate).to(dtype).t() @ dy).t()
         if needs_dh or needs_gates:
             dhg = (dy @ member.lora_B.to(dtype)).to(sums)
             if needs_dh:
                 dh_parts.append(gated(dhg, gate))
             if needs_gates:
                 assert h is not None
-                dgates = gate_gradient(dhg * h[:, member.ranks], member, modality_ids)
+                dgates = gate_gradient(dhg * columns_of(h, member.ranks), member, modality_ids)
         gradients.dB.append(dB)
         gradients.dgates.append(dgates)
     gradients.dx = dx
@@ -186,8 +198,8 @@ def low_rank_backward(
 ) -> Tensor | None:
     """Add the low-rank part into dx in place and return dA of the stacked A, [sum of R, K], in float32 or float64."""
     lora_A = stacked_A([member.lora_A for member in members], dtype)
-    narrow = dh.to(dtype)
     if dropout == 0:
+        narrow = dh.to(dtype)
         if dx is not None:
             dx.addmm_(narrow, lora_A)
         return (narrow.t() @ x).to(dh.dtype) if needs_A and x is not None else None
@@ -196,10 +208,11 @@ def low_rank_backward(
     scaled = (dh * scale).to(dtype)
     dA: Tensor | None = None
     for rows in row_chunks(dh.shape[0], lora_A.shape[1]):
-        masks = element_masks(bits[rows], lora_A.shape[1], dtype)
+        dropped = dropping(rows_of(bits, rows), lora_A.shape[1], dtype)
+        dh_rows = rows_of(scaled, rows)
         if needs_A and x is not None:
-            part = scaled[rows].t() @ masked(x[rows], masks)
+            part = dh_rows.t() @ dropped(rows_of(x, rows))
             dA = part.to(dh.dtype) if dA is None else dA.add_(part)
         if dx is not None:
-            dx[rows].add_(masked(scaled[rows] @ lora_A, masks))
+            rows_of(dx, rows).add_(dropped(dh_rows @ lora_A))
     return dA

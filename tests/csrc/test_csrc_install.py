@@ -1,4 +1,4 @@
-"""What decides whether an installation builds the CUDA library, and where its build finds torch."""
+"""What decides whether an installation builds the libraries, and where the CUDA library's build finds torch."""
 
 import os
 import runpy
@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sda_fast.ops import host_library
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPILE = ROOT / "csrc" / "compile.py"
+HOST_COMPILE = ROOT / "csrc" / "host" / "compile.py"
 
 
 def reason(monkeypatch, tmp_path, *, nvcc="nvcc", cuda="12.8", forced=False):
@@ -56,18 +59,94 @@ def test_targets_are_compute_capabilities_and_none_are_the_usual_ones():
             targets_of(text)
 
 
-@pytest.mark.parametrize("choice", ["0", "1", "yes"])
-def test_the_variable_forces_and_forbids(choice):
+def number_of_libraries(**variables):
+    """How many libraries setup.py asks for, with the environment variables given, as a finished process."""
     pytest.importorskip("setuptools")
-    reason = runpy.run_path(str(COMPILE))["reason_not_to_build"](forced=True)
     script = "import runpy; print(len(runpy.run_path('setup.py', run_name='setup')['extensions']()))"
     script = f"import setuptools; setuptools.setup = lambda **options: None; {script}"
-    environment = {**os.environ, "SDA_FAST_CUDA": choice}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("choice", ["0", "1", "yes"])
+def test_the_variable_forces_and_forbids(choice):
+    reason = runpy.run_path(str(COMPILE))["reason_not_to_build"](forced=True)
+    done = number_of_libraries(SDA_FAST_CUDA=choice, SDA_FAST_HOST="0")
     if choice == "yes":
-        assert done.returncode == 1 and "must be 0, 1 or auto, got 'yes'" in done.stderr
+        assert done.returncode == 1 and "SDA_FAST_CUDA must be 0, 1 or auto, got 'yes'" in done.stderr
     elif choice == "1" and reason is not None:
         assert done.returncode == 1 and f"SDA_FAST_CUDA=1, but {reason}" in done.stderr
     else:
         assert done.stdout.split() == [choice], done.stderr
+
+
+@pytest.mark.parametrize("choice", ["0", "1", "auto", "yes"])
+@pytest.mark.parametrize("compiler", [True, False])
+def test_the_host_library_is_built_where_there_is_a_compiler_and_nobody_forbids_it(choice, compiler, tmp_path):
+    variables = {"SDA_FAST_CUDA": "0", "SDA_FAST_HOST": choice, "CXX": "", "PATH": str(tmp_path)}
+    if compiler:
+        (tmp_path / "g++").touch(mode=0o755)
+    done = number_of_libraries(**variables)
+    if choice == "yes":
+        assert done.returncode == 1 and "SDA_FAST_HOST must be 0, 1 or auto, got 'yes'" in done.stderr
+    elif compiler or choice == "0":
+        assert done.stdout.split() == ["0" if choice == "0" else "1"], done.stderr
+    elif choice == "auto":
+        assert done.stdout.split() == ["0"] and "optional host library is not built: no C++ compiler" in done.stderr
+    else:
+        assert done.returncode == 1 and "SDA_FAST_HOST=1, but no C++ compiler was found (CXX, c++, g++" in done.stderr
+
+
+def test_the_compiler_that_is_named_comes_first_with_its_arguments(monkeypatch, tmp_path):
+    find_compiler = runpy.run_path(str(HOST_COMPILE))["find_compiler"]
+    for name in ("mine", "g++", "clang++"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "mine -m64")
+    assert find_compiler() == ["mine", "-m64"]
+    monkeypatch.setenv("CXX", "absent")
+    assert find_compiler() == ["g++"]
+    monkeypatch.delenv("CXX")
+    assert find_compiler() == ["g++"]
+
+
+@pytest.mark.parametrize("choice", ["auto", "1"])
+def test_a_compiler_that_fails_ends_the_build_only_if_forced(choice, tmp_path):
+    pytest.importorskip("setuptools")
+    environment = {**os.environ, "SDA_FAST_CUDA": "0", "SDA_FAST_HOST": choice, "CXX": "false"}
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "sda_fast.ops.libsda_fast_host did not compile" in done.stderr
+    assert (done.returncode == 0) == (choice == "auto")
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_host_library_is_built_where_it_is_looked_for(tmp_path):
+    pytest.importorskip("setuptools")
+    reason = runpy.run_path(str(HOST_COMPILE))["reason_not_to_build"]()
+    if reason is not None:
+        pytest.skip(reason)
+    environment = {**os.environ, "SDA_FAST_CUDA": "0", "SDA_FAST_HOST": "1"}
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    built = tmp_path / "sda_fast" / "ops" / host_library.LIBRARY_PATH.name
+    assert not isinstance(host_library.load(built), str)

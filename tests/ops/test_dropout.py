@@ -1,4 +1,4 @@
-"""The dropout mask: one specification, a plain version and a packed one."""
+"""The dropout mask: one specification, a plain version and packed ones (the host library's: test_host_library)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from sda_fast.ops.dropout import (
     packed_by_pytorch,
     philox_words,
 )
+
+pytestmark = pytest.mark.usefixtures("without_host_library")
 
 SHAPES = [(1, 1), (1, 17), (17, 8), (3, 129), (129, 40), (0, 16)]
 
