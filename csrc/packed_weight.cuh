@@ -54,10 +54,9 @@ __device__ __forceinline__ float decode_element(const PackedWeight& weight, cons
                           scales.at(element >> weight.log2_block_size));
 }
 
-// Element i (0..7) of a little-endian word of eight nibbles, times four: the offset of its entry in a float table.
-__device__ __forceinline__ uint32_t nibble_offset(uint32_t word, int i) {
-  const int shift = 8 * (i >> 1) + ((i & 1) ? 0 : 4) - 2;
-  return (shift < 0 ? word << -shift : word >> shift) & 0x3C;
+// The nibble of element i (0..7) of a little-endian word of eight, in the four low bits; above them are others.
+__device__ __forceinline__ uint32_t nibble_in_low_bits(uint32_t word, int i) {
+  return word >> (8 * (i >> 1) + ((i & 1) ? 0 : 4));
 }
 
 inline bool is_aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
