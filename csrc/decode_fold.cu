@@ -42,27 +42,8 @@ __device__ __forceinline__ float lora_value(const void* matrix, int index) {
   return Lora::widen(load_cached(static_cast<const typename Lora::Storage*>(matrix) + index));
 }
 
-// Two neighbours; the index is even and the matrix aligned to two elements.
-template <typename Lora>
-__device__ __forceinline__ void lora_pair(const void* matrix, int index, float (&values)[2]) {
-  if constexpr (sizeof(typename Lora::Storage) == 4) {
-    const uint2 pair = load_cached(static_cast<const uint2*>(matrix) + index / 2);
-    values[0] = bits_float(pair.x), values[1] = bits_float(pair.y);
-  } else {
-    const uint32_t pair = load_cached(static_cast<const uint32_t*>(matrix) + index / 2);
-    values[0] = Lora::widen(uint16_t(pair)), values[1] = Lora::widen(uint16_t(pair >> 16));
-  }
-}
-
 __device__ __forceinline__ float scaled_gate(const FoldPointers& fold, int rank_index) {
   return multiply_rounded(fold.scaling, load_cached(fold.gates + rank_index / fold.ranks_per_expert));
-}
-
-// A[rank, column] times its gate; zero for ranks that there are not.
-template <typename Lora>
-__device__ __forceinline__ float gated_value(const FoldPointers& fold, int rank_index, int column) {
-  if (rank_index >= fold.rank) return 0.f;
-  return multiply_rounded(scaled_gate(fold, rank_index), lora_value<Lora>(fold.lora_A, rank_index * fold.columns + column));
 }
 
 struct Split {
@@ -133,16 +114,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   copy_codes(cta_row + row_of_warp, 0);
 
   const auto stage_factors = [&](int first_rank) {
-    const int chunks = min((fold.rank - first_rank + 7) / 8, staged_chunks);
+    const int chunks = kEightRanks ? 1 : min((fold.rank - first_rank + 7) / 8, staged_chunks);
+#pragma unroll 2
     for (int unit = warp; unit < chunks * column_warps * 4; unit += kWarps) {
-      const int chunk = unit / 4 >> tiling.log2_column_warps, tiles = unit % 4;
+      const int chunk = kEightRanks ? 0 : unit / 4 >> tiling.log2_column_warps, tiles = unit % 4;
       const int start = cta_column + unit / 4 % column_warps * kWarpColumns + tiles / 2 * 32;
       const int column = half_start(start) + group / 2 * 8 + group % 2 + tiles % 2 * 4;
-      const int rank0 = first_rank + chunk * 8 + member * 2, rank1 = rank0 + 1;
-      factors[unit][lane] = uint4{float_bits(gated_value<Lora>(fold, rank0, column)),
-                                  float_bits(gated_value<Lora>(fold, rank1, column)),
-                                  float_bits(gated_value<Lora>(fold, rank0, column + 2)),
-                                  float_bits(gated_value<Lora>(fold, rank1, column + 2))};
+      uint32_t values[4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        // A rank beyond the last one is the last, times zero.
+        const int wanted = first_rank + chunk * 8 + member * 2 + j, rank = kEightRanks ? wanted : clamp_to(wanted, fold.rank);
+        const float gate = rank == wanted ? scaled_gate(fold, rank) : 0.f;
+        const int index = rank * fold.columns + column;
+        values[j] = float_bits(multiply_rounded(gate, lora_value<Lora>(fold.lora_A, index)));
+        values[j + 2] = float_bits(multiply_rounded(gate, lora_value<Lora>(fold.lora_A, index + 2)));
+      }
+      factors[unit][lane] = uint4{values[0], values[1], values[2], values[3]};
     }
   };
   const LaneTable code(load_cached(weight.code + lane % 16));
@@ -177,18 +165,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = clamp_to(first_row + i * 8 + group, fold.rows) * fold.rank;
-        float values[2];
-        if constexpr (kEightRanks) {
-          lora_pair<Lora>(fold.lora_B, row + member * 2, values);
-        } else {
-          // A rank beyond the last one reads the last and is multiplied by zero.
-          const int rank = first_rank + member * 2;
-          values[0] = lora_value<Lora>(fold.lora_B, row + clamp_to(rank, fold.rank));
-          values[1] = lora_value<Lora>(fold.lora_B, row + clamp_to(rank + 1, fold.rank));
-        }
+        const int rank = first_rank + member * 2;
+        const int indices[2] = {row + (kEightRanks ? rank : clamp_to(rank, fold.rank)),
+                                row + (kEightRanks ? rank + 1 : clamp_to(rank + 1, fold.rank))};
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const Split split = split_tf32(values[j]);
+          const Split split = split_tf32(lora_value<Lora>(fold.lora_B, indices[j]));
           high[i / 2][i % 2 + j * 2] = split.high, low[i / 2][i % 2 + j * 2] = split.low;
         }
       }
@@ -276,7 +258,7 @@ cudaError_t launch(const PackedWeight& weight, const FoldPointers& fold, uint16_
     const int64_t rounds = column_tiles * row_tiles / (4 * 2 * multiprocessor_count());
     tiling.steps = int(std::max<int64_t>(1, std::min<int64_t>(rounds, kMostSteps)));
     const unsigned grid = unsigned(column_tiles * ((row_tiles + tiling.steps - 1) / tiling.steps));
-    if (fold.rank == 8 && is_aligned(fold.lora_B, 8)) {
+    if (fold.rank == 8) {
       SDA_LAUNCH((decode_fold_kernel<Out, Lora, true>), grid, kThreads, stream, weight, fold, tiling, out);
     } else {
       SDA_LAUNCH((decode_fold_kernel<Out, Lora, false>), grid, kThreads, stream, weight, fold, tiling, out);
