@@ -57,28 +57,6 @@ __device__ __forceinline__ Split split_tf32(float value) {
 
 __device__ __forceinline__ int clamp_to(int index, int size) { return min(index, size - 1); }
 
-// What a block's scale is made of, loaded long before it is needed.
-struct LoadedScale {
-  float value;
-  uint32_t index;
-};
-
-struct Scales {
-  PackedWeight weight;
-  float offset;
-
-  __device__ __forceinline__ LoadedScale load(int64_t element) const {
-    const int64_t block = element >> weight.log2_block_size;
-    if (weight.nested_code == nullptr) return {load_cached(static_cast<const float*>(weight.absmax) + block), 0};
-    return {load_cached(weight.nested_absmax + (block >> weight.log2_nested_block_size)),
-            load_cached(static_cast<const uint8_t*>(weight.absmax) + block)};
-  }
-  __device__ __forceinline__ float value(LoadedScale loaded, const float (&nested_code)[256]) const {
-    if (weight.nested_code == nullptr) return loaded.value;
-    return add_rounded(multiply_rounded(nested_code[loaded.index], loaded.value), offset);
-  }
-};
-
 // Numbering of the columns: of the 32 in a half, lane `member` of every group of four decodes 8 * member ... + 7. Its
 // accumulators are columns 2 * member and + 1 of matrix tiles 0..3, so row n of B in tile p is column 8 * (n / 2) + 2p + n % 2.
 template <typename Out, typename Lora, bool kEightRanks>
@@ -109,9 +87,32 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t element = int64_t(clamp_to(first_row + row, fold.rows)) * fold.columns + (half ? columns[1] : columns[0]);
       copy_async(&codes[warp][stage][row * 2 + (half ^ (row >> 2 & 1))], weight.packed + (element >> 1));
     }
-    commit_copies();
+  };
+  // 32 neighbouring columns share a block: a lane fetches the two scales of one row for all lanes.
+  const BlockScales scales(weight);
+  const bool one_block = weight.log2_block_size >= 6 && fold.columns % 64 == 0;
+  LoadedScale loaded[2];
+  const auto load_scales = [&](int first_row) {
+    const int64_t element = int64_t(clamp_to(first_row + lane, fold.rows)) * fold.columns;
+    loaded[0] = loaded[1] = scales.load((element + columns[0]) >> weight.log2_block_size);
+    if (!one_block) loaded[1] = scales.load((element + columns[1]) >> weight.log2_block_size);
+  };
+  float ranks[4][2];  // of B, of a chunk
+  const auto load_ranks = [&](int first_row, int first_rank) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = clamp_to(first_row + i * 8 + group, fold.rows) * fold.rank;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int rank = first_rank + member * 2 + j;
+        ranks[i][j] = lora_value<Lora>(fold.lora_B, row + (kEightRanks ? rank : clamp_to(rank, fold.rank)));
+      }
+    }
   };
   copy_codes(cta_row + row_of_warp, 0);
+  commit_copies();
+  load_scales(cta_row + row_of_warp);
+  if (kEightRanks) load_ranks(cta_row + row_of_warp, 0);
 
   const auto stage_factors = [&](int first_rank) {
     const int chunks = kEightRanks ? 1 : min((fold.rank - first_rank + 7) / 8, staged_chunks);
@@ -134,23 +135,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   };
   const LaneTable code(load_cached(weight.code + lane % 16));
-  const Scales scales{weight, weight.nested_code == nullptr ? 0.f : load_cached(weight.nested_offset)};
   if (weight.nested_code != nullptr) nested_code[threadIdx.x] = load_cached(weight.nested_code + threadIdx.x);
   stage_factors(0);
   __syncthreads();
 
   // Where the words of either half are: swapped in every second four rows, so that no two lanes meet in a bank.
   const int first = (group >> 2) * 4, second = 4 - first;
-  const bool one_block = weight.log2_block_size >= 6 && fold.columns % 64 == 0;
   for (int step = 0; step < tiling.steps && cta_row + step * cta_rows < fold.rows; ++step) {
     const int first_row = cta_row + step * cta_rows + row_of_warp;
-    copy_codes(first_row + cta_rows, (step + 1) % 2);
-
-    // 32 neighbouring columns share a block: a lane fetches the two scales of one row for all lanes.
-    const int64_t scaled_row = int64_t(clamp_to(first_row + lane, fold.rows)) * fold.columns;
-    LoadedScale loaded[2];
-    loaded[0] = loaded[1] = scales.load(scaled_row + columns[0]);
-    if (!one_block) loaded[1] = scales.load(scaled_row + columns[1]);
+    const bool more = step + 1 < tiling.steps && cta_row + (step + 1) * cta_rows < fold.rows;
+    if (more) copy_codes(first_row + cta_rows, (step + 1) % 2);
+    commit_copies();
 
     float sums[2][8][4] = {};  // [row tile of 16][column tile of 8][accumulators]
     for (int first_rank = 0, chunk = 0; kEightRanks ? chunk < 1 : first_rank < fold.rank;
@@ -161,18 +156,12 @@ __global__ void __launch_bounds__(kThreads, 2)
         stage_factors(first_rank);
         __syncthreads();
       }
+      if (!kEightRanks) load_ranks(first_row, first_rank);
       uint32_t high[2][4], low[2][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = clamp_to(first_row + i * 8 + group, fold.rows) * fold.rank;
-        const int rank = first_rank + member * 2;
-        const int indices[2] = {row + (kEightRanks ? rank : clamp_to(rank, fold.rank)),
-                                row + (kEightRanks ? rank + 1 : clamp_to(rank + 1, fold.rank))};
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const Split split = split_tf32(lora_value<Lora>(fold.lora_B, indices[j]));
-          high[i / 2][i % 2 + j * 2] = split.high, low[i / 2][i % 2 + j * 2] = split.low;
-        }
+      for (int i = 0; i < 8; ++i) {
+        const Split split = split_tf32(ranks[i / 2][i % 2]);
+        high[i / 4][i / 2 % 2 + i % 2 * 2] = split.high, low[i / 4][i / 2 % 2 + i % 2 * 2] = split.low;
       }
 #pragma unroll
       for (int tiles = 0; tiles < 4; ++tiles) {
@@ -196,6 +185,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     wait_for_copies<1>();
     sync_warp();
     const float row_scales[2] = {scales.value(loaded[0], nested_code), scales.value(loaded[1], nested_code)};
+    if (more) {
+      load_scales(first_row + cta_rows);
+      if (kEightRanks) load_ranks(first_row + cta_rows, 0);
+    }
     const uint32_t* words = reinterpret_cast<const uint32_t*>(codes[warp][step % 2]) + group * 8 + member;
     uint16_t* target = out + int64_t(first_row + group) * fold.columns + first_column + member * 8;
 #pragma unroll

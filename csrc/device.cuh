@@ -40,7 +40,9 @@ __device__ __forceinline__ V load_cached(const V* address) {
 }
 
 // One store of 16 bytes, which the compiler may make four of if it is left to it.
-__device__ __forceinline__ void store_wide(void* address, uint4 value) { __stwb(static_cast<uint4*>(address), value); }
+__device__ __forceinline__ void store_wide(void* address, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w));
+}
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
