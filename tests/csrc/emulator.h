@@ -43,7 +43,8 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 namespace sda {
 
-inline int multiprocessor_count() { return 2; }
+inline int multiprocessors = 2;
+inline int multiprocessor_count() { return multiprocessors; }
 
 namespace emulation {
 
