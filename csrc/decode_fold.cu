@@ -4,10 +4,12 @@
 // matrix on the tensor cores, each float32 factor split into two tf32 parts (three products: 21 bits or better). A, times the
 // gates, is laid out once for the whole CTA as the fragments that its lanes multiply.
 //
-// The ranks of a chunk of eight are numbered so that lane `member` of a group of four has the neighbours 2 * member and + 1. The
-// tile's columns are numbered so that the accumulators of a lane are eight neighbouring columns of four rows, twice: one
+// The ranks of a chunk of eight are numbered so that lane `member` of a group of four has the neighbours 2 * member and + 1.
+// The tile's columns are numbered so that the accumulators of a lane are eight neighbouring columns of four rows, twice: one
 // 16-byte store each. Codes come in 16 bytes a lane, through shared memory, from where each lane takes the words it needs.
 // The sixteen codes lie in the lanes of a warp, and a shuffle looks one up: its index needs no mask.
+//
+// Of the next step a warp has the codes, the scales and (with eight ranks) its rows of B under way while it decodes.
 #include <algorithm>
 
 #include "launchers.h"
@@ -114,24 +116,42 @@ __global__ void __launch_bounds__(kThreads, 2)
   load_scales(cta_row + row_of_warp);
   if (kEightRanks) load_ranks(cta_row + row_of_warp, 0);
 
-  const auto stage_factors = [&](int first_rank) {
-    const int chunks = kEightRanks ? 1 : min((fold.rank - first_rank + 7) / 8, staged_chunks);
-#pragma unroll 2
-    for (int unit = warp; unit < chunks * column_warps * 4; unit += kWarps) {
-      const int chunk = kEightRanks ? 0 : unit / 4 >> tiling.log2_column_warps, tiles = unit % 4;
-      const int start = cta_column + unit / 4 % column_warps * kWarpColumns + tiles / 2 * 32;
-      const int column = half_start(start) + group / 2 * 8 + group % 2 + tiles % 2 * 4;
-      uint32_t values[4];
+  // The gates of a lane's two ranks; a rank beyond the last one is the last, times zero.
+  const auto gates_of = [&](int first_rank, float(&gates)[2]) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        // A rank beyond the last one is the last, times zero.
-        const int wanted = first_rank + chunk * 8 + member * 2 + j, rank = kEightRanks ? wanted : clamp_to(wanted, fold.rank);
-        const float gate = rank == wanted ? scaled_gate(fold, rank) : 0.f;
-        const int index = rank * fold.columns + column;
-        values[j] = float_bits(multiply_rounded(gate, lora_value<Lora>(fold.lora_A, index)));
-        values[j + 2] = float_bits(multiply_rounded(gate, lora_value<Lora>(fold.lora_A, index + 2)));
+    for (int j = 0; j < 2; ++j) {
+      const int rank = first_rank + member * 2 + j;
+      gates[j] = kEightRanks || rank < fold.rank ? scaled_gate(fold, rank) : 0.f;
+    }
+  };
+  const auto stage_unit = [&](int unit, int first_rank, const float(&gates)[2]) {
+    const int start = cta_column + unit / 4 % column_warps * kWarpColumns + unit % 4 / 2 * 32;
+    const int column = half_start(start) + group / 2 * 8 + group % 2 + unit % 2 * 4;
+    uint32_t values[4];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int rank = first_rank + member * 2 + j;
+      const int index = (kEightRanks ? rank : clamp_to(rank, fold.rank)) * fold.columns + column;
+      values[j] = float_bits(multiply_rounded(gates[j], lora_value<Lora>(fold.lora_A, index)));
+      values[j + 2] = float_bits(multiply_rounded(gates[j], lora_value<Lora>(fold.lora_A, index + 2)));
+    }
+    factors[unit][lane] = uint4{values[0], values[1], values[2], values[3]};
+  };
+  const auto stage_factors = [&](int first_rank) {
+    float gates[2];
+    if (kEightRanks) {
+      gates_of(0, gates);
+#pragma unroll
+      for (int unit = warp; unit < warp + 2 * kWarps; unit += kWarps) {
+        if (unit < column_warps * 4) stage_unit(unit, 0, gates);
       }
-      factors[unit][lane] = uint4{values[0], values[1], values[2], values[3]};
+    } else {
+      const int chunks = min((fold.rank - first_rank + 7) / 8, staged_chunks);
+      for (int unit = warp; unit < chunks * column_warps * 4; unit += kWarps) {
+        const int rank = first_rank + (unit / 4 >> tiling.log2_column_warps) * 8;
+        gates_of(rank, gates);
+        stage_unit(unit, rank, gates);
+      }
     }
   };
   const LaneTable code(load_cached(weight.code + lane % 16));
@@ -224,8 +244,8 @@ __global__ void __launch_bounds__(kThreads) decode_fold_any_kernel(PackedWeight 
     const int column = int(element - int64_t(row) * fold.columns);
     float sum = 0.f;
     for (int r = 0; r < fold.rank; ++r) {
-      const float b = multiply_rounded(scaled_gate(fold, r), lora_value<Lora>(fold.lora_B, row * fold.rank + r));
-      sum = multiply_add(b, lora_value<Lora>(fold.lora_A, r * fold.columns + column), sum);
+      const float a = multiply_rounded(scaled_gate(fold, r), lora_value<Lora>(fold.lora_A, r * fold.columns + column));
+      sum = multiply_add(lora_value<Lora>(fold.lora_B, row * fold.rank + r), a, sum);
     }
     const float code = load_cached(weight.code + nibble_at(weight, element));
     out[element] = Out::round(multiply_add(code, scales.at(element >> weight.log2_block_size), sum));
@@ -234,8 +254,10 @@ __global__ void __launch_bounds__(kThreads) decode_fold_any_kernel(PackedWeight 
 
 FoldTiling tiling_of(const FoldPointers& fold) {
   FoldTiling tiling{2, 1};
-  while (tiling.log2_column_warps > 0 && fold.rank > (kStagedPieces * 8 >> tiling.log2_column_warps)) --tiling.log2_column_warps;
-  while (tiling.log2_column_warps > 0 && fold.columns <= (kWarpColumns << tiling.log2_column_warps) / 2) --tiling.log2_column_warps;
+  const auto too_wide = [&](int log2) {
+    return fold.rank > (kStagedPieces * 8 >> log2) || fold.columns <= (kWarpColumns << log2) / 2;
+  };
+  while (tiling.log2_column_warps > 0 && too_wide(tiling.log2_column_warps)) --tiling.log2_column_warps;
   return tiling;
 }
 

@@ -42,15 +42,15 @@ def poisoned(*shape, dtype):
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
-# The last one has two tiles for each warp.
-SHAPES = [(1, 2), (3, 5), (1, 1023), (32, 32), (7, 147), (16, 64), (5, 1000), (33, 72), (17, 129), (9, 2048), (41, 2048)]
+SHAPES = [(1, 2), (3, 5), (1, 1023), (32, 32), (7, 147), (16, 64), (5, 1000), (33, 72), (17, 129), (9, 2048)]
+TWO_TILES_A_WARP = (41, 2048)
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_decode_equals_bitsandbytes_bit_for_bit(emulated_kernels, quant_type, block_size):
     for (seed, shape), nested, dtype in itertools.product(
-        enumerate(SHAPES), [False, True], [torch.bfloat16, torch.float16]
+        enumerate([*SHAPES, TWO_TILES_A_WARP]), [False, True], [torch.bfloat16, torch.float16]
     ):
         packed, state = quantised(shape, quant_type=quant_type, block_size=block_size, nested=nested, seed=seed)
         out = emulated_kernels.decode(packed, state, poisoned(*shape, dtype=dtype))

@@ -124,7 +124,10 @@ def test_kernels_use_wide_memory_access_permutation_and_tensor_cores(machine_cod
 
 @pytest.mark.parametrize(
     ("source", "kernel", "load", "most_stores_of_single_elements"),
-    [("decode.cu", "decode_kernel", "LDG.E.EF.128", 1), ("decode_fold.cu", "decode_fold_kernel", "LDGSTS.E.BYPASS.128", 0)],
+    [
+        ("decode.cu", "decode_kernel", "LDG.E.EF.128", 1),
+        ("decode_fold.cu", "decode_fold_kernel", "LDGSTS.E.BYPASS.128", 0),
+    ],
 )
 def test_both_decodes_load_codes_and_store_in_16_bytes_on_every_target(
     machine_code, source, kernel, load, most_stores_of_single_elements
