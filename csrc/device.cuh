@@ -54,7 +54,7 @@ __device__ __forceinline__ float shuffle_from(float value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 
-// A value per lane, of which the first sixteen are looked up; only the four low bits of the index count.
+// Sixteen values, held by lanes i and i + 16; of an index only the four low bits count.
 class LaneTable {
  public:
   __device__ __forceinline__ explicit LaneTable(float value) : value_(value) {}

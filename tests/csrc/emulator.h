@@ -249,7 +249,7 @@ inline float shuffle_from(float value, int source) {
 class LaneTable {
  public:
   explicit LaneTable(float value) {
-    for (int i = 0; i < 16; ++i) values_[i] = shuffle_from(value, i);
+    for (int i = 0; i < 16; ++i) values_[i] = shuffle_from(value, threadIdx.x % 32 / 16 * 16 + i);
   }
   float at(uint32_t index) const { return values_[index & 15]; }
 
