@@ -64,8 +64,8 @@ __device__ __forceinline__ int clamp_to(int index, int size) { return min(index,
 template <typename Out, typename Lora, bool kEightRanks>
 __global__ void __launch_bounds__(kThreads, 2)
     decode_fold_kernel(PackedWeight weight, FoldPointers fold, FoldTiling tiling, uint16_t* out) {
-  SDA_SHARED uint4 factors[kStagedPieces * 4][32];       // [piece and two tiles of eight columns][lane]
-  SDA_SHARED uint4 codes[kWarps][2][kWarpRows * 2];      // [warp][stage][row, half]
+  SDA_SHARED uint4 factors[kStagedPieces * 4][32];   // [piece and two tiles of eight columns][lane]
+  SDA_SHARED uint4 codes[kWarps][2][kWarpRows * 2];  // [warp][stage][row, half]
   SDA_SHARED float nested_code[256];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4, member = lane % 4;
@@ -168,8 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     commit_copies();
 
     float sums[2][8][4] = {};  // [row tile of 16][column tile of 8][accumulators]
-    for (int first_rank = 0, chunk = 0; kEightRanks ? chunk < 1 : first_rank < fold.rank;
-         first_rank += 8, ++chunk) {
+    for (int first_rank = 0, chunk = 0; kEightRanks ? chunk < 1 : first_rank < fold.rank; first_rank += 8, ++chunk) {
       if (!kEightRanks && (chunk == staged_chunks || (chunk == 0 && step > 0 && fold.rank > staged_chunks * 8))) {
         chunk = 0;
         __syncthreads();
