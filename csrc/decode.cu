@@ -11,6 +11,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTile = 1024;
+constexpr int kCtasAtOnce = 4;  // of a multiprocessor
 
 struct BytePlanes {
   uint32_t low[4];
@@ -50,24 +51,35 @@ __device__ __forceinline__ int swizzled(int chunk) { return chunk ^ ((chunk >> 3
 template <typename Out>
 __global__ void __launch_bounds__(kThreads) decode_kernel(PackedWeight weight, uint16_t* out, int64_t full_tiles) {
   SDA_SHARED uint4 exchange[kWarps][kTile / 8];
+  SDA_SHARED float nested_code[256];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int64_t warp_stride = int64_t(gridDim.x) * kWarps;
   const int64_t first_tile = int64_t(blockIdx.x) * kWarps + warp;
 
   const BlockScales scales(weight);
+  const auto load_scale = [&](int64_t tile) { return scales.load((tile * kTile + lane * 32) >> weight.log2_block_size); };
+  const uint4* packed = reinterpret_cast<const uint4*>(weight.packed);
+  uint4 words = {};
+  LoadedScale loaded = {};
+  if (first_tile < full_tiles) {
+    words = load_streaming(packed + first_tile * 32 + lane);
+    loaded = load_scale(first_tile);
+  }
   float code[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) code[i] = load_cached(weight.code + i);
+  if (weight.nested_code != nullptr) nested_code[threadIdx.x] = load_cached(weight.nested_code + threadIdx.x);
+  __syncthreads();
 
-  const uint4* packed = reinterpret_cast<const uint4*>(weight.packed);
-  uint4 words = {};
-  if (first_tile < full_tiles) words = load_streaming(packed + first_tile * 32 + lane);
   for (int64_t tile = first_tile; tile < full_tiles; tile += warp_stride) {
     const uint4 current = words;
-    if (tile + warp_stride < full_tiles) words = load_streaming(packed + (tile + warp_stride) * 32 + lane);
-    const int64_t element = tile * kTile + lane * 32;
-    const BytePlanes planes = product_table<Out>(code, scales.at(element >> weight.log2_block_size));
+    const float scale = scales.value(loaded, nested_code);
+    if (tile + warp_stride < full_tiles) {
+      words = load_streaming(packed + (tile + warp_stride) * 32 + lane);
+      loaded = load_scale(tile + warp_stride);
+    }
+    const BytePlanes planes = product_table<Out>(code, scale);
     exchange[warp][swizzled(4 * lane + 0)] = decode_word(planes, current.x);
     exchange[warp][swizzled(4 * lane + 1)] = decode_word(planes, current.y);
     exchange[warp][swizzled(4 * lane + 2)] = decode_word(planes, current.z);
@@ -93,7 +105,8 @@ cudaError_t decode(const PackedWeight& weight, void* out, ScalarKind out_kind, c
   const int64_t full_tiles = vectorised ? weight.numel / kTile : 0;
   const int64_t work = full_tiles > 0 ? (full_tiles + kWarps - 1) / kWarps : (weight.numel + kThreads - 1) / kThreads;
   // Two tiles a warp where there are enough of them: the second load is in flight while the first is decoded.
-  const unsigned grid = grid_size(full_tiles > 0 ? (work + 1) / 2 : work, int64_t(1) << 20);
+  const bool two_tiles = full_tiles > 0 && work > int64_t(kCtasAtOnce) * multiprocessor_count();
+  const unsigned grid = grid_size(two_tiles ? (work + 1) / 2 : work, int64_t(1) << 20);
   uint16_t* target = static_cast<uint16_t*>(out);
   if (out_kind == ScalarKind::kBFloat16) {
     SDA_LAUNCH(decode_kernel<BFloat16>, grid, kThreads, stream, weight, target, full_tiles);

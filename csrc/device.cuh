@@ -39,6 +39,11 @@ __device__ __forceinline__ V load_cached(const V* address) {
   return __ldg(address);
 }
 
+// One store of 16 bytes, which the compiler may make four of if it is left to it.
+__device__ __forceinline__ void store_wide(void* address, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w));
+}
+
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 __device__ __forceinline__ float shuffle_xor(float value, int lanes) {
@@ -47,6 +52,28 @@ __device__ __forceinline__ float shuffle_xor(float value, int lanes) {
 
 __device__ __forceinline__ float shuffle_from(float value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
+}
+
+// Sixteen values, held by lanes i and i + 16; of an index only the four low bits count.
+class LaneTable {
+ public:
+  __device__ __forceinline__ explicit LaneTable(float value) : value_(value) {}
+  __device__ __forceinline__ float at(uint32_t index) const { return __shfl_sync(0xffffffffu, value_, int(index), 16); }
+
+ private:
+  float value_;
+};
+
+// Copies of 16 bytes to shared memory that are under way while the thread goes on. They are waited for in the order of their
+// commits; wait_for_copies<N> leaves at most the last N commits under way.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 // Separate roundings: the compiler must not contract these into one.
@@ -59,6 +86,7 @@ __device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_fl
 
 struct BFloat16 {
   using Storage = uint16_t;
+  static constexpr bool kExactInTf32 = true;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
@@ -69,6 +97,7 @@ struct BFloat16 {
 
 struct Float16 {
   using Storage = uint16_t;
+  static constexpr bool kExactInTf32 = true;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
@@ -79,6 +108,7 @@ struct Float16 {
 
 struct Float32 {
   using Storage = float;
+  static constexpr bool kExactInTf32 = false;
   static __device__ __forceinline__ float round(float value) { return value; }
   static __device__ __forceinline__ float widen(float value) { return value; }
 };

@@ -10,7 +10,7 @@ enum class ScalarKind : int { kBFloat16, kFloat16, kFloat32 };
 // out [numel] bfloat16 or float16 = round(code[nibble] * scale), elementwise.
 cudaError_t decode(const PackedWeight& weight, void* out, ScalarKind out_kind, cudaStream_t stream);
 
-// out [N, K] = round(code[nibble] * scale + sum_r (scaling * gates[r / (R / E)] * B[n, r]) * A[r, k]), summed in float32.
+// out [N, K] = round(code[nibble] * scale + sum_r B[n, r] * (scaling * gates[r / (R / E)] * A[r, k])), summed in float32.
 struct FoldArguments {
   const void* lora_A;   // [R, K]
   const void* lora_B;   // [N, R]

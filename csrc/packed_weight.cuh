@@ -20,6 +20,12 @@ struct PackedWeight {
   int log2_nested_block_size;
 };
 
+// What a block's scale is made of.
+struct LoadedScale {
+  float absmax;    // of the block, or of its nested block
+  uint32_t index;  // into nested_code
+};
+
 // Scale of a block; the offset of nested statistics is read once.
 struct BlockScales {
   const void* absmax;
@@ -36,11 +42,21 @@ struct BlockScales {
         log2_nested_block_size(weight.log2_nested_block_size) {}
 
   template <typename Index>
+  __device__ __forceinline__ LoadedScale load(Index block) const {
+    if (nested_code == nullptr) return {load_cached(static_cast<const float*>(absmax) + block), 0};
+    return {load_cached(nested_absmax + (block >> log2_nested_block_size)),
+            load_cached(static_cast<const uint8_t*>(absmax) + block)};
+  }
+  // `table` holds nested_code, wherever that is.
+  __device__ __forceinline__ float value(const LoadedScale& loaded, const float* table) const {
+    if (nested_code == nullptr) return loaded.absmax;
+    return add_rounded(multiply_rounded(table[loaded.index], loaded.absmax), nested_offset);
+  }
+  template <typename Index>
   __device__ __forceinline__ float at(Index block) const {
-    if (nested_code == nullptr) return load_cached(static_cast<const float*>(absmax) + block);
-    const uint32_t index = load_cached(static_cast<const uint8_t*>(absmax) + block);
-    const float outer = load_cached(nested_absmax + (block >> log2_nested_block_size));
-    return add_rounded(multiply_rounded(load_cached(nested_code + index), outer), nested_offset);
+    const LoadedScale loaded = load(block);
+    if (nested_code == nullptr) return loaded.absmax;
+    return add_rounded(multiply_rounded(load_cached(nested_code + loaded.index), loaded.absmax), nested_offset);
   }
 };
 
@@ -54,10 +70,9 @@ __device__ __forceinline__ float decode_element(const PackedWeight& weight, cons
                           scales.at(element >> weight.log2_block_size));
 }
 
-// Element i (0..7) of a little-endian word of eight nibbles, times four: the offset of its entry in a float table.
-__device__ __forceinline__ uint32_t nibble_offset(uint32_t word, int i) {
-  const int shift = 8 * (i >> 1) + ((i & 1) ? 0 : 4) - 2;
-  return (shift < 0 ? word << -shift : word >> shift) & 0x3C;
+// The nibble of element i (0..7) of a little-endian word of eight, in the four low bits; above them are others.
+__device__ __forceinline__ uint32_t nibble_in_low_bits(uint32_t word, int i) {
+  return word >> (8 * (i >> 1) + ((i & 1) ? 0 : 4));
 }
 
 inline bool is_aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }

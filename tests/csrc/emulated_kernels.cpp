@@ -23,6 +23,8 @@ static sda::PackedWeight to_weight(const WeightArguments& w) {
           w.log2_nested_block_size};
 }
 
+void emulated_set_multiprocessors(int count) { sda::multiprocessors = count; }
+
 int emulated_decode(const WeightArguments* weight, void* out, int out_kind) {
   return sda::decode(to_weight(*weight), out, sda::ScalarKind(out_kind), nullptr);
 }

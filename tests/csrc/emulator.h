@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <vector>
 
@@ -22,7 +23,7 @@
 #define SDA_LAUNCH(kernel, grid, threads, stream, ...) \
   sda::emulation::run((grid), (threads), [&] { (kernel)(__VA_ARGS__); })
 
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
 };
 struct alignas(16) uint4 {
@@ -42,7 +43,8 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 namespace sda {
 
-inline int multiprocessor_count() { return 2; }
+inline int multiprocessors = 2;
+inline int multiprocessor_count() { return multiprocessors; }
 
 namespace emulation {
 
@@ -52,9 +54,16 @@ struct Barrier {
   unsigned arrived = 0, generation = 0;
 };
 
+struct Copy {
+  void* shared;
+  const void* global;
+};
+
 struct Fiber {
   ucontext_t context;
   bool finished = false;
+  std::vector<Copy> started;                 // since the last commit
+  std::deque<std::vector<Copy>> under_way;  // by commit
 };
 
 inline std::vector<Fiber> fibers;
@@ -84,6 +93,10 @@ inline void wait_warp() { wait(warp_barriers[threadIdx.x / 32], 32); }
 
 inline void fiber_main() {
   (*body)();
+  if (!fibers[current].started.empty() || !fibers[current].under_way.empty()) {
+    std::fprintf(stderr, "a thread ends before its copies do\n");
+    std::abort();
+  }
   fibers[current].finished = true;
   --alive;
 }
@@ -93,6 +106,8 @@ inline void run_block() {
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     fiber.finished = false;
+    fiber.started.clear();
+    fiber.under_way.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stacks.data() + i * kStackBytes;
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -176,13 +191,41 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
-template <typename V>
-V load_cached(const V* address) {
-  if (reinterpret_cast<uintptr_t>(address) % sizeof(V) != 0) {
-    std::fprintf(stderr, "misaligned load of %zu bytes\n", sizeof(V));
+inline void require_aligned(const void* address, size_t bytes, const char* access) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    std::fprintf(stderr, "misaligned %s of %zu bytes\n", access, bytes);
     std::abort();
   }
+}
+
+template <typename V>
+V load_cached(const V* address) {
+  require_aligned(address, sizeof(V), "load");
   return *address;
+}
+
+inline void store_wide(void* address, uint4 value) {
+  require_aligned(address, 16, "store");
+  *static_cast<uint4*>(address) = value;
+}
+
+// A copy is made as late as it may be, so that a missing wait shows.
+inline void copy_async(void* shared, const void* global) {
+  require_aligned(shared, 16, "copy");
+  require_aligned(global, 16, "copy");
+  emulation::fibers[emulation::current].started.push_back({shared, global});
+}
+inline void commit_copies() {
+  emulation::Fiber& fiber = emulation::fibers[emulation::current];
+  fiber.under_way.push_back(std::move(fiber.started));
+  fiber.started.clear();
+}
+template <int N>
+void wait_for_copies() {
+  auto& under_way = emulation::fibers[emulation::current].under_way;
+  for (; under_way.size() > N; under_way.pop_front()) {
+    for (const emulation::Copy& copy : under_way.front()) std::memcpy(copy.shared, copy.global, 16);
+  }
 }
 
 template <typename V>
@@ -203,10 +246,22 @@ inline float shuffle_from(float value, int source) {
   return other;
 }
 
+class LaneTable {
+ public:
+  explicit LaneTable(float value) {
+    for (int i = 0; i < 16; ++i) values_[i] = shuffle_from(value, threadIdx.x % 32 / 16 * 16 + i);
+  }
+  float at(uint32_t index) const { return values_[index & 15]; }
+
+ private:
+  float values_[16];
+};
+
 inline float shuffle_xor(float value, int lanes) { return shuffle_from(value, (threadIdx.x % 32) ^ lanes); }
 
 struct BFloat16 {
   using Storage = uint16_t;
+  static constexpr bool kExactInTf32 = true;
   static uint16_t round(float value) {
     const uint32_t bits = float_bits(value);
     if (std::isnan(value)) return 0x7FFF;
@@ -218,6 +273,7 @@ struct BFloat16 {
 
 struct Float16 {
   using Storage = uint16_t;
+  static constexpr bool kExactInTf32 = true;
   static uint16_t round(float value) {
     const _Float16 half = static_cast<_Float16>(value);
     uint16_t bits;
@@ -234,6 +290,7 @@ struct Float16 {
 
 struct Float32 {
   using Storage = float;
+  static constexpr bool kExactInTf32 = false;
   static float round(float value) { return value; }
   static float widen(float value) { return value; }
 };

@@ -43,13 +43,14 @@ def poisoned(*shape, dtype):
 
 
 SHAPES = [(1, 2), (3, 5), (1, 1023), (32, 32), (7, 147), (16, 64), (5, 1000), (33, 72), (17, 129), (9, 2048)]
+TWO_TILES_A_WARP = (41, 2048)
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_decode_equals_bitsandbytes_bit_for_bit(emulated_kernels, quant_type, block_size):
     for (seed, shape), nested, dtype in itertools.product(
-        enumerate(SHAPES), [False, True], [torch.bfloat16, torch.float16]
+        enumerate([*SHAPES, TWO_TILES_A_WARP]), [False, True], [torch.bfloat16, torch.float16]
     ):
         packed, state = quantised(shape, quant_type=quant_type, block_size=block_size, nested=nested, seed=seed)
         out = emulated_kernels.decode(packed, state, poisoned(*shape, dtype=dtype))
@@ -68,25 +69,67 @@ def test_decode_of_misaligned_pointers_equals_bitsandbytes(emulated_kernels):
 FOLD_SHAPES = [(1, 32), (70, 288), (33, 72), (64, 256), (5, 992), (17, 129), (3, 5), (130, 160), (31, 544)]
 
 
+def assert_fold_rounds_once(
+    emulated_kernels, quantised_weight, rank, experts, lora_dtype, dtypes=(torch.bfloat16, torch.float16), seed=0
+):
+    packed, state = quantised_weight
+    rows, columns = state.shape
+    generator = torch.Generator().manual_seed(seed)
+    lora_A = (torch.randn(rank, columns, generator=generator) * 0.1).to(lora_dtype)
+    lora_B = (torch.randn(rows, rank, generator=generator) * 0.1).to(lora_dtype)
+    gates = torch.softmax(torch.randn(experts, generator=generator), 0)
+    scaled_B = lora_B.double() * (4.0 * gates.double()).repeat_interleave(rank // experts)
+    exact = decoded(packed, state, torch.float32).double() + scaled_B @ lora_A.double()
+    # Three tf32 products leave 2^-20 of the update's absolute sum; the output is then rounded once.
+    slack = 2.0**-19 * (scaled_B.abs() @ lora_A.double().abs() + exact.abs())
+    for dtype in dtypes:
+        half_ulp = BFLOAT16_HALF_ULP if dtype == torch.bfloat16 else FLOAT16_HALF_ULP
+        out = poisoned(rows, columns, dtype=dtype)
+        emulated_kernels.decode_fold(packed, state, lora_A, lora_B, gates, 4.0, out)
+        error = (out.double() - exact).abs()
+        allowed = half_ulp * exact.abs() + slack + 2.0**-25
+        assert (error <= allowed).all(), (rows, columns, rank, lora_dtype, dtype, (error / allowed).max())
+
+
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rank", "experts"), [(8, 8), (8, 1), (16, 4), (6, 3), (21, 7)])
 def test_fold_rounds_the_exact_sum_once(emulated_kernels, rank, experts, lora_dtype):
     for seed, shape in enumerate(FOLD_SHAPES):
-        packed, state = quantised(shape, seed=seed, block_size=(32, 64, 128)[seed % 3], nested=seed % 2 == 0)
-        generator = torch.Generator().manual_seed(seed)
-        lora_A = (torch.randn(rank, shape[1], generator=generator) * 0.1).to(lora_dtype)
-        lora_B = (torch.randn(shape[0], rank, generator=generator) * 0.1).to(lora_dtype)
-        gates = torch.softmax(torch.randn(experts, generator=generator), 0)
-        scaled_B = lora_B.double() * (4.0 * gates.double()).repeat_interleave(rank // experts)
-        exact = decoded(packed, state, torch.float32).double() + scaled_B @ lora_A.double()
-        # Three tf32 products leave 2^-20 of the update's absolute sum; the output is then rounded once.
-        slack = 2.0**-19 * (scaled_B.abs() @ lora_A.double().abs() + exact.abs())
-        for dtype, half_ulp in ((torch.bfloat16, BFLOAT16_HALF_ULP), (torch.float16, FLOAT16_HALF_ULP)):
-            out = poisoned(*shape, dtype=dtype)
-            emulated_kernels.decode_fold(packed, state, lora_A, lora_B, gates, 4.0, out)
-            error = (out.double() - exact).abs()
-            allowed = half_ulp * exact.abs() + slack + 2.0**-25
-            assert (error <= allowed).all(), (shape, dtype, (error / allowed).max())
+        weight = quantised(shape, seed=seed, block_size=(32, 64, 128)[seed % 3], nested=seed % 2 == 0)
+        assert_fold_rounds_once(emulated_kernels, weight, rank, experts, lora_dtype, seed=seed)
+
+
+def test_fold_is_right_at_the_edges_of_its_tiles(emulated_kernels):
+    """Rows by 32 and by the 64 to 256 of a CTA, columns by the halves of 32 and by the 64 to 256 of a CTA."""
+    shapes = itertools.product((1, 33, 65), (32, 64, 96, 128, 160, 288))
+    ranks = ((8, 4), (1, 1), (12, 2), (24, 8), (40, 5))
+    kinds = list(itertools.product((torch.float32, torch.bfloat16), ranks, (64, 4096, 32)))
+    for seed, shape in enumerate(shapes):
+        lora_dtype, (rank, experts), block_size = kinds[7 * seed % len(kinds)]
+        weight = quantised(shape, seed=seed, block_size=block_size, nested=seed % 2 == 0)
+        dtypes = ((torch.bfloat16, torch.float16)[seed % 2],)
+        assert_fold_rounds_once(emulated_kernels, weight, rank, experts, lora_dtype, dtypes, seed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [((2081, 160), 8), ((1100, 160), 16), ((4103, 32), 70)],
+    ids=["one chunk of ranks", "two chunks", "more ranks than are laid out at once"],
+)
+def test_fold_is_right_where_a_cta_goes_down_several_tiles_of_rows(emulated_kernels, shape, rank):
+    emulated_kernels.library.emulated_set_multiprocessors(1)
+    try:
+        weight = quantised(shape, seed=rank)
+        assert_fold_rounds_once(emulated_kernels, weight, rank, 2, torch.float32, (torch.bfloat16,))
+    finally:
+        emulated_kernels.library.emulated_set_multiprocessors(2)
+
+
+def test_fold_of_misaligned_pointers_rounds_once(emulated_kernels):
+    packed, state = quantised((40, 64))
+    shifted = torch.cat([packed.new_zeros(4, 1), packed])[4:]
+    assert shifted.data_ptr() % 16
+    assert_fold_rounds_once(emulated_kernels, (shifted, state), 8, 2, torch.float32)
 
 
 def test_fold_of_a_zero_update_equals_plain_decode(emulated_kernels):

@@ -82,7 +82,9 @@ def test_no_kernel_spills_or_exceeds_its_resources_on_any_target(objects):
             assert int(entry["shared"] or 0) <= 48 * 1024, entry
 
 
-def test_kernels_use_wide_memory_access_permutation_and_tensor_cores(objects, tmp_path):
+@pytest.fixture(scope="module")
+def machine_code(objects):
+    """What cuobjdump lists of the object of a source, of one target or of all."""
     cuobjdump = shutil.which("cuobjdump")
     if cuobjdump is None:
         triton = importlib.util.find_spec("triton")
@@ -91,9 +93,18 @@ def test_kernels_use_wide_memory_access_permutation_and_tensor_cores(objects, tm
     if cuobjdump is None:
         pytest.skip("cuobjdump not found")
     environment = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}
+
+    def listing(source, *options):
+        command = [cuobjdump, "-sass", *options, str(objects[source][0])]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+
+    return listing
+
+
+def test_kernels_use_wide_memory_access_permutation_and_tensor_cores(machine_code):
     expected = {
         "decode.cu": ("LDG.E.EF.128", "STG.E.128", "PRMT"),
-        "decode_fold.cu": ("STG.E.128", "HMMA.1688.F32.TF32"),
+        "decode_fold.cu": ("LDGSTS.E.BYPASS.128", "STG.E.128", "HMMA.1688.F32.TF32", "SHFL.IDX"),
         "passes_forward.cu": ("LDG.E.EF.128", "STG.E.128", "HMMA.16816.F32.BF16", "HMMA.1688.F32.BF16"),
         "passes_backward.cu": (
             "LDG.E.EF.128",
@@ -105,11 +116,30 @@ def test_kernels_use_wide_memory_access_permutation_and_tensor_cores(objects, tm
         "linear.cu": ("LDG.E.EF.64", "LDG.E.EF.128", "HMMA.16816.F32.BF16", "HMMA.16816.F32 "),
     }
     for source, instructions in expected.items():
-        command = [cuobjdump, "-sass", "-arch=sm_90", str(objects[source][0])]
-        listing = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+        listing = machine_code(source, "-arch=sm_90")
         for instruction in instructions:
             assert instruction in listing, (source, instruction)
         assert not re.search(r"\b(LDL|STL)\b", listing), source
+
+
+@pytest.mark.parametrize(
+    ("source", "kernel", "load", "most_stores_of_single_elements"),
+    [
+        ("decode.cu", "decode_kernel", "LDG.E.EF.128", 1),
+        ("decode_fold.cu", "decode_fold_kernel", "LDGSTS.E.BYPASS.128", 0),
+    ],
+)
+def test_both_decodes_load_codes_and_store_in_16_bytes_on_every_target(
+    machine_code, source, kernel, load, most_stores_of_single_elements
+):
+    functions = machine_code(source).split("Function : ")[1:]
+    decodes = [text for text in functions if f"{len(kernel)}{kernel}" in text.split("\n", 1)[0]]
+    assert len(decodes) >= 2 * len(csrc_compile.TARGETS)
+    for text in decodes:
+        stores = re.findall(r"\bSTG\.[A-Z0-9.]+", text)
+        assert text.count(load) >= 2 and stores.count("STG.E.128") >= 4, text[:200]
+        assert len(stores) - stores.count("STG.E.128") == stores.count("STG.E.U16"), stores
+        assert stores.count("STG.E.U16") <= most_stores_of_single_elements, stores
 
 
 LOAD_AND_LIST = """

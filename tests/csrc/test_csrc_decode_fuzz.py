@@ -1,6 +1,7 @@
 """Every way of decoding (PyTorch, Triton, CUDA emulated on the host) against bitsandbytes' own, over random formats."""
 
 import copy
+import dataclasses
 import io
 import itertools
 import math
@@ -214,3 +215,30 @@ def test_cuda_decode_equals_bitsandbytes(emulated_kernels):
         case = random_case(chance, (torch.bfloat16, torch.float16), 20_000)
         out = torch.full(case.shape, float("nan"), dtype=case.dtype)
         assert_equal(emulated_kernels.decode(case.packed, case.state, out), case)
+
+
+def test_cuda_fold_rounds_the_exact_sum_once(emulated_kernels):
+    chance, kernels = random.Random(5), Counter()
+    for _ in range(150):
+        case = random_case(chance, (torch.bfloat16, torch.float16), 6000)
+        if chance.random() < 0.7:
+            shape = case.shape[0] % 150 + 1, max(32, case.shape[1] // 32 * 32) % 1024 + 32
+            kinds = case.block_size, case.quant_type, case.nested, torch.uint8, case.dtype
+            case = case_of(shape, *kinds, chance.getrandbits(32))
+        kernels["tensor cores" if case.shape[1] % 32 == 0 else "any shape"] += 1
+        experts = chance.choice((1, 2, 3, 8))
+        rank = experts * chance.choice((1, 2, 4, 5))
+        lora_dtype = chance.choice((torch.float32, torch.bfloat16))
+        generator = torch.Generator().manual_seed(chance.getrandbits(32))
+        lora_A = (0.1 * torch.randn(rank, case.shape[1], generator=generator)).to(lora_dtype)
+        lora_B = (0.1 * torch.randn(case.shape[0], rank, generator=generator)).to(lora_dtype)
+        gates = torch.rand(experts, generator=generator)
+        out = torch.full(case.shape, float("nan"), dtype=case.dtype)
+        emulated_kernels.decode_fold(case.packed, case.state, lora_A, lora_B, gates, 2.0, out)
+        scaled_B = lora_B.double() * (2.0 * gates.double()).repeat_interleave(rank // experts)
+        exact = expected(dataclasses.replace(case, dtype=torch.float32)).double() + scaled_B @ lora_A.double()
+        half_ulp = 2.0**-8 if case.dtype == torch.bfloat16 else 2.0**-11
+        slack = 2.0**-19 * (scaled_B.abs() @ lora_A.double().abs() + exact.abs())
+        allowed = half_ulp * exact.abs() + slack + 2.0**-25
+        assert ((out.double() - exact).abs() <= allowed).all(), (case.settings(), rank, experts, lora_dtype)
+    assert min(kernels.values()) >= 20, kernels

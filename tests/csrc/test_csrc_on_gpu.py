@@ -17,6 +17,8 @@ functional = pytest.importorskip("bitsandbytes.functional")
 
 # N, K: whole blocks, rows that straddle blocks, an odd number of elements, one partial block
 SHAPES = [(512, 3584), (70, 96), (33, 129), (5, 7), (256, 64)]
+# So large that a CTA of the fold goes down several tiles of rows.
+SEVERAL_STEPS = (18944, 3584)
 DTYPES = [torch.float16, torch.bfloat16]
 LARGEST_ERROR = 1.05
 
@@ -45,8 +47,8 @@ def test_decode_equals_bitsandbytes_bit_for_bit(shape, quant_type, blocksize, ne
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("R", [8, 16, 40])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("R", [8, 16, 40, 72])
+@pytest.mark.parametrize("shape", [*SHAPES, SEVERAL_STEPS], ids=str)
 def test_the_fold_rounds_once(shape, R, dtype) -> None:
     (N, K), E = shape, 4
     described, exact, _ = packed(N, K)
