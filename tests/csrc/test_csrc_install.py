@@ -110,21 +110,17 @@ def test_the_compiler_that_is_named_comes_first_with_its_arguments(monkeypatch, 
     assert find_compiler() == ["g++"]
 
 
+def build_host_library(folder, **variables):
+    """setup.py's build of the host library alone into a folder."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={folder}", f"--build-temp={folder}"]
+    environment = {**os.environ, "SDA_FAST_CUDA": "0", **variables}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("choice", ["auto", "1"])
 def test_a_compiler_that_fails_ends_the_build_only_if_forced(choice, tmp_path):
     pytest.importorskip("setuptools")
-    environment = {**os.environ, "SDA_FAST_CUDA": "0", "SDA_FAST_HOST": choice, "CXX": "false"}
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        str(tmp_path),
-        "--build-temp",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = build_host_library(tmp_path, SDA_FAST_HOST=choice, CXX="false")
     assert "sda_fast.ops.libsda_fast_host did not compile" in done.stderr
     assert (done.returncode == 0) == (choice == "auto")
     assert not list(tmp_path.rglob("*.so"))
@@ -135,18 +131,7 @@ def test_the_host_library_is_built_where_it_is_looked_for(tmp_path):
     reason = runpy.run_path(str(HOST_COMPILE))["reason_not_to_build"]()
     if reason is not None:
         pytest.skip(reason)
-    environment = {**os.environ, "SDA_FAST_CUDA": "0", "SDA_FAST_HOST": "1"}
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        str(tmp_path),
-        "--build-temp",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = build_host_library(tmp_path, SDA_FAST_HOST="1")
     assert done.returncode == 0, done.stderr
     built = tmp_path / "sda_fast" / "ops" / host_library.LIBRARY_PATH.name
     assert not isinstance(host_library.load(built), str)
