@@ -131,7 +131,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         # convert("RGB") would clip everything above 255 to white.
         values = np.asarray(image).astype(np.float64)
-        if values.size and values.max() > 255:
+        if values.size and np.max(values) > 255:
             values /= 257.0
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if "A" in image.mode or "transparency" in image.info:

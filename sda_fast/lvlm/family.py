@@ -38,6 +38,7 @@ class Family:
         not_quantized: regular expressions of what stays 16-bit, from the start of a module's name to a dot or its end.
         target_modules: regular expression that matches whole names of the linears to adapt.
         packs: modalities whose sequences can lie one after another in one row (sda_fast.lvlm.packing).
+        flash_attention: whether flash attention, which takes no mask, computes what the model means.
     """
 
     name: str = "generic"
@@ -46,6 +47,7 @@ class Family:
     not_quantized: tuple[str, ...] = (r"(?:.*\.)?vision_tower", r"(?:.*\.)?multi_modal_projector", r"(?:.*\.)?lm_head")
     target_modules: str = r"(?:.*\.)?language_model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj"
     packs: tuple[str, ...] = ("image", "text")
+    flash_attention: bool = True
 
     def base_model(self, model: nn.Module) -> Any:
         """The model without its language head; `model` itself when it was loaded without one."""

@@ -18,6 +18,7 @@ class Gemma3Family(Family):
 
     name: str = "Gemma 3"
     model_types: tuple[str, ...] = ("gemma3",)
+    flash_attention: bool = False
 
 
 def family_for(config: Any) -> Family:

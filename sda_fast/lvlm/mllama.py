@@ -24,6 +24,7 @@ class MllamaFamily(Family):
     name: str = "Mllama (Llama-3.2-Vision)"
     model_types: tuple[str, ...] = ("mllama",)
     packs: tuple[str, ...] = ("text",)
+    flash_attention: bool = False
     not_quantized: tuple[str, ...] = (r"(?:.*\.)?vision_model", r"(?:.*\.)?multi_modal_projector", r"(?:.*\.)?lm_head")
 
     def image_features(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> list[ImageFeatures]:

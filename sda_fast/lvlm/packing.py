@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from sda_fast.lvlm.family import family_of
 from sda_fast.lvlm.load import LVLM
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def flash_attention_fits(config: Any, device: torch.device, dtype: torch.dtype) 
         is_flash_attn_2_available()
         and device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
+        and family_of(config).flash_attention
         and bool(getattr(model_class, "_supports_flash_attn", False))
     )
 

@@ -18,6 +18,7 @@ from sda_fast.ops.cmsa_tiles import Form, TorchTiles, block_size_within, compute
 
 Backend = Literal["auto", "torch", "triton"]
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CPU_WORKSPACE_BYTES = 32 * 2**20
 GPU_WORKSPACE_BYTES = 512 * 2**20
@@ -220,7 +221,7 @@ def triton_way(embeddings: Tensor) -> str:
 
 def _triton_obstacle(embeddings: Tensor) -> str | None:
     """Why the Triton kernels cannot run on these vectors, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "triton is not installed"
     if embeddings.dtype == torch.float64:
         return "the kernels compute in float32 and the embeddings are float64"

@@ -43,8 +43,14 @@ def load(path: Path) -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        logger.warning("%s cannot be loaded, Triton is used instead: %s", path, error)
-        return f"it cannot be loaded: {error}"
+        cause = error.__cause__ or error  # torch names the path only
+        logger.warning("%s cannot be loaded, Triton is used instead: %s", path, cause)
+        return f"it cannot be loaded: {cause}"
+    lacking = [name for name in OPERATIONS if not hasattr(torch.ops.sda_fast_cuda, name)]
+    if lacking:
+        reason = f"it was built from an earlier version and lacks {', '.join(lacking)}"
+        logger.warning("%s has to be built anew, Triton is used instead: %s", path, reason)
+        return reason
     for name in OPERATIONS:
         torch.library.register_fake(f"sda_fast_cuda::{name}", lambda *arguments: None)
     return None

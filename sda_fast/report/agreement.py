@@ -130,7 +130,7 @@ def _target_shares(image: np.ndarray, text: np.ndarray, seed: int) -> tuple[floa
         batch = order[start : start + size]
         targets = soft_targets(image[batch], text[batch], TARGET_TEMPERATURE)
         own.append(np.diagonal(targets).mean())
-        fullest.append(targets.mean(0).max())
+        fullest.append(np.max(targets.mean(0)))
     return float(np.mean(own)), float(np.mean(fullest))
 
 

@@ -1,6 +1,7 @@
 """nvcc compiles every kernel for every target within its resources, and the binding registers with this torch."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -142,17 +143,12 @@ def test_both_decodes_load_codes_and_store_in_16_bytes_on_every_target(
         assert stores.count("STG.E.U16") <= most_stores_of_single_elements, stores
 
 
-LOAD_AND_LIST = """
-import sys, torch
+LOAD_WITH_A_NEWER_OPERATION = """
+import sys
 from pathlib import Path
 from sda_fast.ops import cuda_library
-assert cuda_library.load(Path(sys.argv[1])) is None
-for name in cuda_library.OPERATIONS:
-    print(getattr(torch.ops.sda_fast_cuda, name).default._schema)
-try:
-    torch.ops.sda_fast_cuda.decode_4bit(*[torch.zeros(1)] * 3, None, None, None, 64, 256, torch.zeros(1, 1))
-except NotImplementedError as error:
-    print("CPU tensors refused")
+cuda_library.OPERATIONS = (*cuda_library.OPERATIONS, "newer")
+print(cuda_library.load(Path(sys.argv[1])))
 """
 
 
@@ -186,19 +182,36 @@ def test_a_function_newer_than_the_oldest_torch_does_not_compile(function, since
     assert since <= 11 or function in done.stderr
 
 
-def test_binding_registers_its_operations_through_the_stable_abi(objects, compiled, tmp_path):
+@pytest.fixture(scope="module")
+def library(objects, compiled, tmp_path_factory):
+    """The library, linked with the installed torch."""
+    output = tmp_path_factory.mktemp("library") / "libsda_fast_cuda.so"
+    binding, _ = compiled(csrc_compile.BINDING_SOURCE)
+    kernels = [path for path, _ in objects.values()]
+    subprocess.run(csrc_compile.link_command([*kernels, binding], output), check=True)
+    return output
+
+
+def test_the_binding_uses_nothing_but_the_stable_abi(compiled):
     binding, _ = compiled(csrc_compile.BINDING_SOURCE)
     symbols = subprocess.run(["nm", "-uC", str(binding)], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"\b(c10|at|torch)::", symbols), "libtorch's C++ ABI is used"
-    library = tmp_path / "libsda_fast_cuda.so"
-    kernels = [path for path, _ in objects.values()]
-    subprocess.run(csrc_compile.link_command([*kernels, binding], library), check=True)
-    script = [sys.executable, "-c", LOAD_AND_LIST, str(library)]
-    done = subprocess.run(script, capture_output=True, text=True)
+
+
+def test_the_library_loads_and_registers_operations_that_refuse_cpu_tensors(library):
+    command = [sys.executable, str(ROOT / "csrc" / "load_in.py"), str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     for operation in (
         *("decode_4bit", "decode_fold_4bit", "linear_4bit", "moda_gates", "moda_gates_backward"),
         *("moda_project", "moda_expand", "moda_dy_pass", "moda_dx_pass"),
     ):
         assert f"sda_fast_cuda::{operation}(" in done.stdout
-    assert "CPU tensors refused" in done.stdout
+    assert "9 operations, each refuses tensors of a CPU" in done.stdout
+
+
+def test_a_library_without_a_later_operation_is_refused_with_a_reason(library):
+    command = [sys.executable, "-c", LOAD_WITH_A_NEWER_OPERATION, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout == "it was built from an earlier version and lacks newer\n", done.stderr
+    assert "has to be built anew" in done.stderr

@@ -26,17 +26,17 @@ TOLERANCE = 1e-11
 
 
 class KeepDouble(TorchFunctionMode):
-    """Whoever asks for float32 of a float64 tensor gets float64."""
+    """Whoever asks for float32 of a float64 tensor, or of positions, gets float64."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         first = args[0] if args else None
-        if isinstance(first, torch.Tensor) and first.dtype == torch.float64:
-            if function is torch.Tensor.float:
-                return first
-            if torch.float32 in args or kwargs.get("dtype") is torch.float32:
-                args = tuple(torch.float64 if one is torch.float32 else one for one in args)
-                kwargs |= {"dtype": torch.float64} if "dtype" in kwargs else {}
+        if function is torch.Tensor.float and first.dtype in (torch.float64, torch.int64):
+            return first.double()
+        single = torch.float32 in args or kwargs.get("dtype") is torch.float32
+        if single and isinstance(first, torch.Tensor) and first.dtype == torch.float64:
+            args = tuple(torch.float64 if one is torch.float32 else one for one in args)
+            kwargs |= {"dtype": torch.float64} if "dtype" in kwargs else {}
         return function(*args, **kwargs)
 
 
