@@ -127,9 +127,18 @@ def test_counts_are_those_of_the_code_and_stand_in_the_page(bench) -> None:
     counts = bench.counts
     document = json.loads(counts.RESULTS.read_text())
     card = counts.card_named(counts.CARD)
+    # How many operations PyTorch makes of its own functions differs from version to version.
+    same_torch = document["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    theirs = set() if same_torch else {"other operations"}
+
+    def without(record, names):
+        launches = {name: count for name, count in record["launches"].items() if name not in names}
+        return {**record, "launches": launches}
+
     for record in document["records"]:
         if record["B"] in (1024, 8192):
-            assert counts.counted(record["loss"], record["B"], record["D"], card) == record
+            found = counts.counted(record["loss"], record["B"], record["D"], card)
+            assert without(found, theirs) == without(record, theirs)
     large = {one["loss"]: one for one in document["records"] if one["B"] == 65536}
     assert all(one["extra_bytes"] < 2**30 for one in large.values())
     assert large["CMSA"]["operations"] < 16.5 and large["CMSA by halves"]["operations"] < 14.5
