@@ -57,11 +57,9 @@ def test_bad_bounds_are_refused():
         load_image(Item("a", {}), min_pixels=10, max_pixels=5)
 
 
+OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 13
 YCBCR = pytest.param(
-    "YCbCr",
-    marks=pytest.mark.skipif(
-        int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 does not read a TIFF of this mode to its end"
-    ),
+    "YCbCr", marks=pytest.mark.skipif(OLD_PILLOW, reason="Pillow before 13 does not read such a TIFF to its end")
 )
 
 
