@@ -267,13 +267,12 @@ def _forward_backward(
             size = min(state.chunk_size or largest_share, largest_share)
             # Without chunks the other processes wait in a collective operation and cannot be told to start again.
             alone = processes > 1 and batch.chunk_size is None
-            more_layers = 0 < layers.count < len(layers)
-            if not is_out_of_memory(error) or alone or (size == 1 and not more_layers):
+            if not is_out_of_memory(error) or alone or (size == 1 and layers.are_all):
                 raise
         else:
             sum_gradients(state.parameters)
             return batch, float(loss)
-        if more_layers:
+        if not layers.are_all:
             layers.limit(len(layers))
             change = f"all {len(layers)} layers recomputed"
         else:

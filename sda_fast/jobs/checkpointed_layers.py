@@ -12,9 +12,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class CheckpointedLayers:
-    """The layers of a decoder in the order that they run in, of which the first `count` are recomputed."""
+    """The layers of a decoder in the order that they run in, of which the first `count` are recomputed.
 
-    def __init__(self, decoder: nn.Module) -> None:
+    Attributes:
+        enabled: whether the decoder is under checkpointing at all; if not, `limit` means nothing.
+    """
+
+    def __init__(self, decoder: nn.Module, *, enabled: bool) -> None:
+        self.enabled = enabled
         self.layers = [layer for layer in decoder.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
     def __len__(self) -> int:
@@ -24,8 +29,13 @@ class CheckpointedLayers:
     def count(self) -> int:
         return sum(bool(layer.gradient_checkpointing) for layer in self.layers)
 
+    @property
+    def are_all(self) -> bool:
+        """Whether no further layer can be recomputed."""
+        return not self.enabled or self.count == len(self.layers)
+
     def limit(self, count: int) -> None:
-        """Recompute the first `count` layers; checkpointing must be enabled for the decoder.
+        """Recompute the first `count` layers.
 
         Raises:
             ValueError: there are fewer layers.

@@ -95,7 +95,7 @@ def training_mode(
         The layers, of which others can be checkpointed on the way.
     """
     decoder = lvlm.language_model
-    layers = CheckpointedLayers(decoder)
+    layers = CheckpointedLayers(decoder, enabled=gradient_checkpointing)
     lvlm.model.eval()
     decoder.train()
     if gradient_checkpointing:

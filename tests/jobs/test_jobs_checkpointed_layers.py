@@ -143,7 +143,10 @@ def test_auto_survives_running_out_of_memory_while_it_measures(measured, monkeyp
         assert fewest_checkpointed_layers(step, longest, 4, None, layers) == 5
 
 
-def test_out_of_memory_checkpoints_all_layers_before_it_halves_the_chunk(deep_config, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("count", [0, 1])
+def test_out_of_memory_checkpoints_all_layers_before_it_halves_the_chunk(
+    deep_config, tmp_path, monkeypatch, caplog, count
+):
     whole = finetune(deep_config(output=tmp_path / "whole", chunk_size=2))
     encode = ContrastiveStep.encode
     failures = iter([True] * 2)
@@ -155,7 +158,7 @@ def test_out_of_memory_checkpoints_all_layers_before_it_halves_the_chunk(deep_co
 
     monkeypatch.setattr(ContrastiveStep, "encode", scarce)
     with caplog.at_level(logging.WARNING):
-        run = finetune(deep_config(output=tmp_path / "scarce", chunk_size=4, checkpointed_layers=1))
+        run = finetune(deep_config(output=tmp_path / "scarce", chunk_size=4, checkpointed_layers=count))
     said = [record.message for record in caplog.records if "out of memory" in record.message]
     assert said == [
         "out of memory at step 1; going on with all 6 layers recomputed",
