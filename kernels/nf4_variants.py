@@ -137,6 +137,7 @@ def finish_product(M: int, rank: int) -> KernelVariant:
 VARIANTS = (
     decode(nested=False),
     decode(nested=True),
+    decode(nested=True, placement=nf4.EVEN.value),
     *(decode(nested=True, rank=rank) for rank in (16, 64, 256)),
     decode(nested=True, rank=16, placement=nf4.EVEN.value),
     decode(nested=True, rank=16, placement=nf4.ODD.value),
