@@ -63,9 +63,9 @@ def run(config: Any) -> str:
     for case, method in tqdm(todo, unit="case", desc="cmsa", disable=None):
         logger.info("%s: %s", case, method)
         record = described(case, method) | {"command": config.invocation, "timed_for": config.seconds}
-        others = without(record, document["records"])
-        if not config.anew and any(is_measured(old, record) for old in document["records"]):
+        if not config.anew and any(has_figures_of(record, old) for old in document["records"]):
             continue
+        others = without(record, document["records"])
         if time.perf_counter() - started <= config.limit:
             record |= measured(case, method, device, config.seconds, document["records"])
         elif len(others) < len(document["records"]):
@@ -102,13 +102,16 @@ def described(case: Case, method: str) -> Record:
 
 
 def without(record: Record, records: Sequence[Record]) -> list[Record]:
-    return [other for other in records if any(other[name] != record[name] for name in KEY)]
+    return [other for other in records if not is_same_case(record, other)]
 
 
-def is_measured(old: Record, record: Record) -> bool:
+def is_same_case(record: Record, other: Record) -> bool:
+    return all(other[name] == record[name] for name in KEY)
+
+
+def has_figures_of(record: Record, old: Record) -> bool:
     """Whether `old` has the figures that `record` is to get."""
-    alike = all(old.get(name) == record[name] for name in (*KEY, "timed_for"))
-    return alike and "milliseconds" in old
+    return is_same_case(record, old) and old.get("timed_for") == record["timed_for"] and "milliseconds" in old
 
 
 def measured(case: Case, method: str, device: torch.device, seconds: float, records: Sequence[Record]) -> Record:

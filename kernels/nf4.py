@@ -59,6 +59,7 @@ def decode_tile(
     BLOCK_K: tl.constexpr,
 ):
     """Rows `rows`, columns first_column ... + BLOCK_K - 1 of the weight, float32, anything finite outside the matrix.
+
     `table` holds the 16 values. Looking them up with a gather (through shared memory) takes the fewest instructions.
     """
     row_start = rows.to(tl.int64)[:, None] * K + first_column

@@ -293,12 +293,12 @@ class ChunkSource:
 def largest_that_fits(
     step: Any, fits: Any, memory: int, batch_size: int, known: dict[int, StepPlan]
 ) -> StepPlan | None:
-    """The step with the largest chunk that fits, each candidate being run; the peak grows about evenly with the chunk.
+    """The step with the largest size that fits, each candidate being run; the peak grows about evenly with the size.
 
     Args:
-        step: chunk size -> StepPlan.
+        step: size, of a chunk or what else may grow up to `batch_size`, -> StepPlan.
         fits: StepPlan -> bool.
-        known: chunk size -> steps already run.
+        known: size -> steps already run.
     """
     runs = dict(known)
     for size in (1, min(2, batch_size)):
@@ -319,8 +319,8 @@ def largest_that_fits(
     return runs[max(fitting)] if fitting else None
 
 
-def fewest_layers_that_fit(step: Any, fits: Any, memory: int, complete: StepPlan) -> StepPlan:
-    """The step with the fewest checkpointed layers that fits; the peak grows about evenly with those that are not.
+def fewest_layers_that_fit(step: Any, fits: Any, memory: int, complete: StepPlan) -> StepPlan | None:
+    """The step with the fewest checkpointed layers that fits: with the most that keep their activations.
 
     Args:
         step: number of checkpointed layers -> StepPlan.
@@ -328,21 +328,7 @@ def fewest_layers_that_fit(step: Any, fits: Any, memory: int, complete: StepPlan
         complete: the step with all layers checkpointed, which fits.
     """
     total = complete.num_layers
-    runs = {total: complete}
-    # The last layer's activations take no room of their own, so that the slope is that of the ones before.
-    for layers in (total - 1, max(0, total - 3)):
-        runs[layers] = step(layers)
-    for _ in range(MOST_TRIES):
-        best = min(layers for layers, one in runs.items() if fits(one))
-        least = max((layers for layers, one in runs.items() if not fits(one)), default=-1)
-        if best - 1 <= least:
-            break
-        few = min(runs)
-        slope = max(1.0, (runs[few].peak - runs[total - 1].peak) / max(1, total - 1 - few))
-        guess = few + math.ceil((runs[few].peak + RESERVED_BYTES - memory) / slope)
-        layers = max(min(guess, best - 1), least + 1)
-        runs[layers] = step(layers)
-    return runs[min(layers for layers, one in runs.items() if fits(one))]
+    return largest_that_fits(lambda kept: step(total - kept), fits, memory, total, {0: complete})
 
 
 def processor_if_there(name: str, config: Any) -> Any:

@@ -24,7 +24,7 @@ from sda_fast.jobs.checkpoint import newest_checkpoint
 from sda_fast.jobs.checkpointed_layers import CheckpointedLayers
 from sda_fast.jobs.features import Tower
 from sda_fast.jobs.fingerprint import catalogue_fingerprint
-from sda_fast.jobs.fitting import agreed_checkpointed_layers, agreed_chunk_size
+from sda_fast.jobs.fitting import LongestFirst, agreed_checkpointed_layers, agreed_chunk_size
 from sda_fast.jobs.run_log import RunLog, read_log
 from sda_fast.jobs.sampler import BatchOrder, rank_slice
 from sda_fast.jobs.train_config import FinetuneConfig, preset
@@ -184,19 +184,20 @@ def _train(
     tokens: Counter[str] = Counter()
     try:
         decoder = state.lvlm.language_model
-        given = config.checkpointed_layers if isinstance(config.checkpointed_layers, int) else None
         with (
             training_mode(
-                state.lvlm, gradient_checkpointing=config.gradient_checkpointing, checkpointed_layers=given
+                state.lvlm,
+                gradient_checkpointing=config.gradient_checkpointing,
+                checkpointed_layers=config.checkpointed_layers,
             ) as layers,
             compiled_layers(decoder) if config.compile else nullcontext(),
         ):
-            share = mine.stop - mine.start
+            share, longest = mine.stop - mine.start, LongestFirst(maker, catalogue.items)
             if config.chunk_size == "auto" and state.step == 0:
-                state.chunk_size = agreed_chunk_size(contrastive_step, maker, catalogue.items, share)
+                state.chunk_size = agreed_chunk_size(contrastive_step, longest, share)
                 logger.info("chunk size: %s", state.chunk_size or "the whole batch")
             if config.checkpointed_layers == "auto":
-                agreed_checkpointed_layers(contrastive_step, maker, catalogue.items, share, state.chunk_size, layers)
+                layers.limit(agreed_checkpointed_layers(contrastive_step, longest, share, state.chunk_size, layers))
                 logger.info("%d of %d layers are recomputed in backward", layers.count, len(layers))
             while state.step < total_steps:
                 started = time.perf_counter()
@@ -252,7 +253,7 @@ def _forward_backward(
 ) -> tuple[Batch, float]:
     """Gradients and loss of the batch of the current step.
 
-    Where memory runs out, all layers are checkpointed from then on if some were, and next the chunks are halved. All
+    Where memory runs out and only some layers are checkpointed, all are from then on; next the chunks are halved. All
     processes have as many layers and one chunk size, the one that a checkpoint holds: if memory runs out on one, all
     change it.
     """

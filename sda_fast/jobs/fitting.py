@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -29,16 +29,16 @@ class LongestFirst:
     """A catalogue by the length of its sequences, of which the longest need the most memory."""
 
     maker: BatchMaker
-    by_area: list[Item]
-    by_length: list[Item]
+    items: Sequence[Item]
 
-    @staticmethod
-    def of(maker: BatchMaker, items: Sequence[Item]) -> LongestFirst:
-        return LongestFirst(
-            maker,
-            sorted(items, key=lambda item: -image_area(item, maker.image_options)),
-            sorted(items, key=lambda item: -len(attribute_text(item, maker.prompts))),
-        )
+    @cached_property
+    def by_area(self) -> list[Item]:
+        """By the size of the picture, which is read from every file's header."""
+        return sorted(self.items, key=lambda item: -image_area(item, self.maker.image_options))
+
+    @cached_property
+    def by_length(self) -> list[Item]:
+        return sorted(self.items, key=lambda item: -len(attribute_text(item, self.maker.prompts)))
 
     def chunks(self, size: int) -> dict[str, Chunk]:
         """The chunk of each modality that holds the `size` longest sequences."""
@@ -48,13 +48,12 @@ class LongestFirst:
         }
 
 
-def fitting_chunk_size(step: ContrastiveStep, maker: BatchMaker, items: Sequence[Item], batch_size: int) -> int | None:
+def fitting_chunk_size(step: ContrastiveStep, longest: LongestFirst, batch_size: int) -> int | None:
     """The largest of batch_size, a half, a quarter ... items whose chunks fit into memory; None if a whole batch does.
 
-    Tries a forward and a backward pass over the longest image sequences and the longest texts of `items`. On the CPU,
-    where running out of memory ends the process, it starts from 32. Leaves gradients and random states as they were.
+    Tries a forward and a backward pass over the longest image sequences and the longest texts. On the CPU, where
+    running out of memory ends the process, it starts from 32. Leaves gradients and random states as they were.
     """
-    longest = LongestFirst.of(maker, items)
     largest = batch_size if step.lvlm.device.type == "cuda" else min(batch_size, CPU_CHUNK)
     random_state = RandomState.now()
     parameters = [parameter for parameter in step.lvlm.model.parameters() if parameter.requires_grad]
@@ -78,14 +77,14 @@ def fitting_chunk_size(step: ContrastiveStep, maker: BatchMaker, items: Sequence
         size = (size + 1) // 2
 
 
-def agreed_chunk_size(step: ContrastiveStep, maker: BatchMaker, items: Sequence[Item], share: int) -> int | None:
+def agreed_chunk_size(step: ContrastiveStep, longest: LongestFirst, share: int) -> int | None:
     """`fitting_chunk_size` of this process's share of a batch, the smallest over the processes; None if all say None.
 
     All must encode in chunks or none: their collective operations differ. And it is one size because a checkpoint holds
     one.
     """
     with failing_together(step.across_ranks):
-        size = fitting_chunk_size(step, maker, items, share)
+        size = fitting_chunk_size(step, longest, share)
     if not step.across_ranks:
         return size
     # A share that fits whole is no smaller than a size that is less than a share: they differ by one item at most.
@@ -153,17 +152,9 @@ def fewest_checkpointed_layers(
 
 
 def agreed_checkpointed_layers(
-    step: ContrastiveStep,
-    maker: BatchMaker,
-    items: Sequence[Item],
-    share: int,
-    chunk_size: int | None,
-    layers: CheckpointedLayers,
+    step: ContrastiveStep, longest: LongestFirst, share: int, chunk_size: int | None, layers: CheckpointedLayers
 ) -> int:
-    """`fewest_checkpointed_layers` of this process, the most over the processes; so many are checkpointed then."""
+    """`fewest_checkpointed_layers` of this process, the most over the processes."""
     with failing_together(step.across_ranks):
-        count = fewest_checkpointed_layers(step, LongestFirst.of(maker, items), share, chunk_size, layers)
-    if step.across_ranks:
-        count = max(gather_integers(count, step.lvlm.device))
-    layers.limit(count)
-    return count
+        count = fewest_checkpointed_layers(step, longest, share, chunk_size, layers)
+    return max(gather_integers(count, step.lvlm.device)) if step.across_ranks else count

@@ -230,15 +230,12 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name in ("chunk_size", "reduce_to"):
+        for name, least in {"chunk_size": 1, "reduce_to": 1, "checkpointed_layers": 0}.items():
             value = getattr(self, name)
-            if value not in (None, "auto") and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be at least 1, 'auto' or None, got {value!r}")
-        layers = self.checkpointed_layers
-        if layers not in (None, "auto") and not (isinstance(layers, int) and layers >= 0):
-            raise ValueError(f"checkpointed_layers must be at least 0, 'auto' or None, got {layers!r}")
-        if layers is not None and not self.gradient_checkpointing:
-            raise ValueError(f"checkpointed_layers is {layers!r} but gradient_checkpointing is off")
+            if value not in (None, "auto") and not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{name} must be at least {least}, 'auto' or None, got {value!r}")
+        if self.checkpointed_layers is not None and not self.gradient_checkpointing:
+            raise ValueError(f"checkpointed_layers is {self.checkpointed_layers!r} but gradient_checkpointing is off")
         if self.packing not in get_args(Packing):
             raise ValueError(f"packing must be one of {', '.join(get_args(Packing))}, got {self.packing!r}")
         if not 0 <= self.lora_dropout < 1:

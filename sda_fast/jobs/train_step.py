@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -85,12 +85,13 @@ def loss_across_processes(loss: CMSALoss | InfoNCELoss) -> LossFunction:
 
 @contextlib.contextmanager
 def training_mode(
-    lvlm: LVLM, *, gradient_checkpointing: bool, checkpointed_layers: int | None = None
+    lvlm: LVLM, *, gradient_checkpointing: bool, checkpointed_layers: int | Literal["auto"] | None = None
 ) -> Iterator[CheckpointedLayers]:
     """The decoder in training mode (dropout of the adapters), the frozen tower not; everything as before afterwards.
 
     Args:
-        checkpointed_layers: with `gradient_checkpointing`, how many layers from the first on; None: all.
+        checkpointed_layers: with `gradient_checkpointing`, how many layers from the first on; None, or "auto" until
+            the number is found: all.
     Yields:
         The layers, of which others can be checkpointed on the way.
     """
@@ -105,7 +106,7 @@ def training_mode(
         # transformers makes the embeddings require a gradient, which only re-entrant checkpointing needs.
         decoder.disable_input_require_grads()
     try:
-        if gradient_checkpointing and checkpointed_layers is not None:
+        if gradient_checkpointing and isinstance(checkpointed_layers, int):
             layers.limit(checkpointed_layers)
         yield layers
     finally:

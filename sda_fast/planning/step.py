@@ -175,8 +175,8 @@ def plan_step(
 
     Args:
         lvlm: from `fake_lvlm`; adapted here if it is not yet.
-        config: batch_size, chunk_size, gradient_checkpointing, checkpointed_layers (a number), optimizer, tower_batch,
-            tower_offload and the adapter's and loss's settings count.
+        config: batch_size, chunk_size, gradient_checkpointing, checkpointed_layers ("auto" is planned as all),
+            optimizer, tower_batch, tower_offload and the adapter's and loss's settings count.
         chunks: "image" and "text" -> real tensors of one chunk, the longest that is to come.
         fake_mode: that the model was made in.
         card: the GPU to plan for; None: a step on the CPU, as it is.
@@ -224,9 +224,10 @@ def plan_step(
         ledger.reset_peak()
         ledger.seconds.clear()
         ledger.flops.clear()
-        checkpointed = config.checkpointed_layers if isinstance(config.checkpointed_layers, int) else None
         with training_mode(
-            lvlm, gradient_checkpointing=config.gradient_checkpointing, checkpointed_layers=checkpointed
+            lvlm,
+            gradient_checkpointing=config.gradient_checkpointing,
+            checkpointed_layers=config.checkpointed_layers,
         ) as layers:
             checkpointed = layers.count
             step(batch)

@@ -51,7 +51,7 @@ def measured(deep_model, small_world):
     loss = CMSALoss()
     step = ContrastiveStep(lvlm, loss, None, Tower(lvlm, None, group_size=None, offload=False))
     maker = BatchMaker(lvlm, PromptConfig(), ImageOptions(20 * 20, 56 * 56))
-    return step, LongestFirst.of(maker, read_items(small_world.items).items)
+    return step, LongestFirst(maker, read_items(small_world.items).items)
 
 
 def adapter_bytes(result):
