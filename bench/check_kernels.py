@@ -9,14 +9,17 @@ status 1 if any error exceeds that of plain PyTorch at the same dtype.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
+from unittest import mock
 
 import torch
 
+from sda_fast.kernels import moda_gemm_tma
 from sda_fast.kernels import moda_naive as naive
 from sda_fast.kernels.gates import gates_backward_of_layers, gates_of_layers
 from sda_fast.kernels.moda_backward import dy_pass_of_group, fuses_dy
 from sda_fast.kernels.moda_forward import expand_group
-from sda_fast.kernels.moda_gemm import gated_linear
+from sda_fast.kernels.moda_gemm import gated_linear, input_gradient
 from sda_fast.kernels.nf4 import decode_4bit
 from sda_fast.kernels.nf4_linear import small_linear_4bit
 from sda_fast.kernels.philox import dropout_scale
@@ -31,11 +34,19 @@ SHAPES = [(17, 129, 70, 24, 8), (129, 64, 33, 66, 33), (40, 129, 17, 256, 64)]
 CUDA_SHAPES = [(17, 136, 72, 8, 8), (129, 1064, 520, 16, 4), (300, 264, 1032, 24, 8), (1000, 4104, 600, 64, 16)]
 
 
+Function = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+
+
 def error_ratio(actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> float:
     """Error over what is allowed: that of the plain version and float32 rounding. NaN counts as infinite."""
     allowed = 1.05 * torch.linalg.norm(plain.double() - truth) + ROUNDING * torch.linalg.norm(truth)
     ratio = float(torch.linalg.norm(actual.double() - truth) / allowed)
     return ratio if ratio == ratio else float("inf")
+
+
+def joint_ratio(triples: Iterable[tuple[torch.Tensor, ...]]) -> float:
+    """The error ratio of several results (actual, plain, truth) as if they were one."""
+    return error_ratio(*(torch.cat([one.flatten() for one in ones]) for ones in zip(*triples, strict=True)))
 
 
 def doubled(*inputs: object) -> list[object]:
@@ -49,7 +60,6 @@ def moda_ratios(
     M, K, N, R, E = shape
     x, dx = (torch.randn(M, K, device=device).to(dtype) for _ in range(2))
     y, dy = (torch.randn(M, N, device=device).to(dtype) for _ in range(2))
-    weight = (torch.randn(N, K, device=device) * K**-0.5).to(dtype)
     lora_A, lora_B = torch.randn(R, K, device=device) * 0.1, torch.randn(N, R, device=device) * 0.1
     h, dh = torch.randn(M, R, device=device), torch.randn(M, R, device=device)
     gates, ids = torch.rand(2, E, device=device), torch.randint(0, 2, (M,), device=device)
@@ -57,14 +67,10 @@ def moda_ratios(
     dropout = {"dropout_p": DROPOUT, "seed": torch.tensor([SEED], device=device)}
     gate = naive.naive_gate(gates, ids, SCALING, M, R)
     ratios = {}
-
     suffix = ", CUDA" if passes is CUDA else ""
 
-    def compare(name: str, actual: tuple[torch.Tensor, ...], function: object, *inputs: object) -> None:
-        plain, truth = function(*inputs), function(*doubled(*inputs))
-        if torch.is_tensor(plain):
-            plain, truth = (plain,), (truth,)
-        ratios[name + suffix] = max(error_ratio(*triple) for triple in zip(actual, plain, truth, strict=True))
+    def compare(name: str, actual: tuple[torch.Tensor, ...], function: Function, *inputs: object) -> None:
+        ratios[name + suffix] = worst_ratio(actual, function, *inputs)
 
     compare("project", (passes.project(x, lora_A, **dropout),), naive.naive_project, x, lora_A, keep, scale)
     split = {"parts": 3} if passes is CUDA else {"split_k": 3}
@@ -78,14 +84,51 @@ def moda_ratios(
     new_dx = dx.clone()
     dA = passes.dx_pass(x, dh, lora_A, new_dx, **dropout)
     compare("dx_pass", (dA, new_dx), naive.naive_dx_pass, x, dh, lora_A, dx, keep, scale)
-    if passes is TRITON:
-        fused = gated_linear(x, weight, None, h, lora_B, gates, ids, SCALING)
-        compare("gated_linear", (fused,), naive.naive_gated_linear, x, weight, None, h, lora_B, gate)
     return ratios
 
 
+def gemm_ratios(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, by_copy_engine: bool = False
+) -> dict[str, float]:
+    """The error ratios of the GEMMs with the update in them; those by the copy engine take 16 bits and whole rows."""
+    M, K, N, R, E = shape
+    x, dy = torch.randn(M, K, device=device).to(dtype), torch.randn(M, N, device=device).to(dtype)
+    weight = (torch.randn(N, K, device=device) * K**-0.5).to(dtype)
+    lora_A, lora_B = torch.randn(R, K, device=device) * 0.1, torch.randn(N, R, device=device) * 0.1
+    h, dh = torch.randn(M, R, device=device), torch.randn(M, R, device=device)
+    gates, ids = torch.rand(2, E, device=device), torch.randint(0, 2, (M,), device=device)
+    gate, bias = naive.naive_gate(gates, ids, SCALING, M, R), torch.randn(N, device=device).to(dtype)
+    dropout = {"dropout_p": DROPOUT, "seed": torch.tensor([SEED], device=device)}
+    suffix = ", TMA" if by_copy_engine else ""
+    with mock.patch.object(moda_gemm_tma, "serves", lambda *arguments: by_copy_engine):
+        y = gated_linear(x, weight, bias, h, lora_B, gates, ids, SCALING)
+        dx = input_gradient(dy, weight, dh, lora_A, **dropout)
+        undropped = input_gradient(dy, weight, dh, lora_A)
+    masks = {"input_gradient": (undropped, None, 1.0)}
+    masks["input_gradient, dropout"] = (dx, keep_mask(M, K, DROPOUT, SEED, device), dropout_scale(DROPOUT))
+    ratios = {"gated_linear": worst_ratio((y,), naive.naive_gated_linear, x, weight, bias, h, lora_B, gate)}
+    for name, (actual, keep, scale) in masks.items():
+        ratios[name] = worst_ratio((actual,), naive.naive_input_gradient, dy, weight, dh, lora_A, keep, scale)
+    return {name + suffix: ratio for name, ratio in ratios.items()}
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    return moda_gemm_tma.generation(device) in (moda_gemm_tma.HOPPER, moda_gemm_tma.BLACKWELL)
+
+
+def worst_ratio(actual: tuple[torch.Tensor, ...], function: Function, *inputs: object) -> float:
+    """The worst error ratio of several results, or one, of a plain function."""
+    plain, truth = function(*inputs), function(*doubled(*inputs))
+    if torch.is_tensor(plain):
+        plain, truth = (plain,), (truth,)
+    return max(error_ratio(*triple) for triple in zip(actual, plain, truth, strict=True))
+
+
 def group_ratios(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The worst error ratio over three layers that share x, in one launch each; of the gates' kernels, too."""
+    """The worst error ratio of three layers that share x, in one launch each; of the gates' kernels, too.
+
+    The errors of all layers count together: those of the narrow one alone are too few for a norm to say anything.
+    """
     M, _, N, R, E = shape
     widths = (N, 2 * N + 1, 3)
     h, dh = torch.randn(M, 3 * R, device=device), torch.empty(M, 3 * R, device=device)
@@ -95,18 +138,20 @@ def group_ratios(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     outs = [torch.full_like(dy, float("nan")) for dy in dys]
     expand_group(h, lora_B, gates, ids, SCALING, biases=[dy[0] for dy in dys], outs=outs)
     _, dB, dgates = dy_pass_of_group(dys, h, lora_B, gates, ids, SCALING, dh_out=dh) if fuses_dy(R) else (None,) * 3
-    ratios = {"expand, group": 0.0} | ({"dy_pass, group": 0.0} if fuses_dy(R) else {})
+    expanded, gradients = [], []
     for layer, (dy, out) in enumerate(zip(dys, outs, strict=True)):
         columns = slice(layer * R, (layer + 1) * R)
         gate = naive.naive_gate(gates[layer], ids, SCALING, M, R)
         given = (dy[:1].expand_as(dy), h[:, columns], lora_B[layer], gate)
-        both = naive.naive_expand_add(*given), naive.naive_expand_add(*doubled(*given))
-        ratios["expand, group"] = max(ratios["expand, group"], error_ratio(out, *both))
+        expanded.append((out, naive.naive_expand_add(*given), naive.naive_expand_add(*doubled(*given))))
         if dB is not None:
             given = (dy, h[:, columns], lora_B[layer], gates[layer], ids, SCALING)
             results = (dh[:, columns], dB[layer], dgates[layer])
             triples = zip(results, naive.naive_dy_pass(*given), naive.naive_dy_pass(*doubled(*given)), strict=True)
-            ratios["dy_pass, group"] = max(ratios["dy_pass, group"], *(error_ratio(*triple) for triple in triples))
+            gradients.append(tuple(triples))
+    ratios = {"expand, group": joint_ratio(expanded)}
+    if gradients:
+        ratios["dy_pass, group"] = max(map(joint_ratio, zip(*gradients, strict=True)))
     return ratios | gates_ratios(E, device)
 
 
@@ -163,23 +208,31 @@ def four_bit_ratios(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     return ratios
 
 
+def print_ratios(ratios: dict[str, float], shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """A line per kernel; how many are off."""
+    for name, ratio in ratios.items():
+        verdict = "ok" if ratio <= 1 else "FAILED"
+        print(f"{name:<28} M,K,N,R,E={shape!s:<24} {dtype!s:<15} error/allowed {ratio:8.3f} {verdict}", flush=True)
+    return sum(ratio > 1 for ratio in ratios.values())
+
+
 def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = torch.bfloat16 if device.type == "cuda" else torch.float16
-    failures = 0
     torch.manual_seed(0)
-    cases = [(shape, dtype, TRITON) for shape in SHAPES for dtype in (torch.float32, half)]
-    lacking = cuda_library.reason_unavailable(device)
-    if lacking is None:
-        cases += [(shape, dtype, CUDA) for shape in CUDA_SHAPES for dtype in (torch.bfloat16, torch.float16)]
-    for shape, dtype, passes in cases:
-        ratios = moda_ratios(shape, dtype, device, passes)
-        if passes is TRITON:
+    failures = 0
+    for shape in SHAPES:
+        for dtype in (torch.float32, half):
+            ratios = moda_ratios(shape, dtype, device) | gemm_ratios(shape, dtype, device)
             ratios |= four_bit_ratios(shape, dtype, device) | group_ratios(shape, dtype, device)
-        for name, ratio in ratios.items():
-            failures += ratio > 1
-            verdict = "ok" if ratio <= 1 else "FAILED"
-            print(f"{name:<20} M,K,N,R,E={shape!s:<24} {dtype!s:<15} error/allowed {ratio:8.3f} {verdict}")
+            failures += print_ratios(ratios, shape, dtype)
+    lacking = cuda_library.reason_unavailable(device)
+    for shape in CUDA_SHAPES:
+        for dtype in (torch.bfloat16, torch.float16):
+            ratios = {} if lacking else moda_ratios(shape, dtype, device, CUDA)
+            if has_copy_engine(device) and shape[3] <= moda_gemm_tma.LARGEST_RANK:
+                ratios |= gemm_ratios(shape, dtype, device, by_copy_engine=True)
+            failures += print_ratios(ratios, shape, dtype)
     print(f"{failures} failures" + (f", without the CUDA passes: {lacking}" if lacking else ""))
     return 1 if failures else 0
 

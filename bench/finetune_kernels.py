@@ -22,7 +22,7 @@ GROUPS = {
     ADAPTER: ("project_kernel", "expand_add_kernel", "dy_kernel", "dx_kernel", "gate_kernel"),
     "loss": ("statistics_kernel", "target_sums_kernel", "gradients_kernel"),
     "attention": ("flash", "fmha", "attention", "softmax"),
-    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "gemv", "splitk", "gated_linear_kernel"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "gemv", "splitk", "updated_product"),
     "optimiser": ("multi_tensor", "foreach"),
     "copies": ("memcpy", "memset"),
 }

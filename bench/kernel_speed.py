@@ -19,10 +19,11 @@ import torch
 import triton
 
 import check_kernels
+from sda_fast.kernels import moda_gemm, moda_gemm_tma
 from sda_fast.kernels.gates import gates_of_layers
 from sda_fast.kernels.moda_backward import dy_pass_of_group, fuses_dy
 from sda_fast.kernels.moda_forward import expand_group
-from sda_fast.kernels.moda_gemm import gated_linear
+from sda_fast.kernels.moda_gemm import gated_linear, input_gradient
 from sda_fast.kernels.nf4 import decode_4bit
 from sda_fast.kernels.nf4_linear import small_linear_4bit
 from sda_fast.ops import cuda_library
@@ -48,10 +49,9 @@ def implementations(device: torch.device) -> dict[str, Passes]:
 
 
 def cases(M: int, K: int, N: int, R: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int, str]]:
-    """name -> (launch, bytes that must be moved, the kernel whose check it needs)."""
+    """name -> (launch, bytes that must be moved, the kernel whose check it needs, if any)."""
     x, dx = (torch.randn(M, K, device=device).to(DTYPE) for _ in range(2))
     y, dy = (torch.randn(M, N, device=device).to(DTYPE) for _ in range(2))
-    weight = (torch.randn(N, K, device=device) * K**-0.5).to(DTYPE)
     lora_A, lora_B = torch.randn(R, K, device=device) * 0.01, torch.randn(N, R, device=device) * 0.01
     h, dh = torch.randn(M, R, device=device), torch.randn(M, R, device=device)
     gates, ids = torch.rand(2, EXPERTS, device=device), torch.randint(0, 2, (M,), dtype=torch.int32, device=device)
@@ -92,18 +92,44 @@ def cases(M: int, K: int, N: int, R: int, device: torch.device) -> dict[str, tup
                 f"dx_pass{suffix}",
             ),
         }
-    return timed | {
-        "library x W^T": (
-            lambda: torch.nn.functional.linear(x, weight),
-            size * (M * K + N * K + M * N),
-            "project",
-        ),
-        "gated_linear": (
-            lambda: gated_linear(x, weight, None, h, lora_B, gates, ids, SCALING),
-            size * (M * K + N * K + M * N) + low_rank,
-            "gated_linear",
-        ),
+    return timed
+
+
+def gemm_cases(
+    M: int, K: int, N: int, R: int, device: torch.device
+) -> dict[str, tuple[Callable[[], object], int, str]]:
+    """The same for the GEMMs with the update in them, beside the library's; ", TMA" is what the copy engine feeds."""
+    x, dy, weight = (torch.randn(*shape, device=device).to(DTYPE) for shape in ((M, K), (M, N), (N, K)))
+    weight *= K**-0.5
+    lora_A, lora_B = torch.randn(R, K, device=device) * 0.01, torch.randn(N, R, device=device) * 0.01
+    h, dh = torch.randn(M, R, device=device), torch.randn(M, R, device=device)
+    gates, ids = torch.rand(2, EXPERTS, device=device), torch.randint(0, 2, (M,), device=device)
+    dropout = {"dropout_p": 0.1, "seed": torch.tensor([1], device=device)}
+    moved = x.element_size() * (M * K + N * K + M * N) + 4 * M * R
+    configs = {"": moda_gemm.CONFIGS[2]} | ({", TMA": None} if moda_gemm_tma.serves(x, weight, dy, R) else {})
+    found: dict[str, tuple[Callable[[], object], int, str]] = {
+        "library x W^T": (lambda: torch.nn.functional.linear(x, weight), moved, ""),
+        "library dy W": (lambda: dy @ weight, moved, ""),
     }
+    for suffix, config in configs.items():
+        found |= {
+            f"gated_linear{suffix}": (
+                lambda config=config: gated_linear(x, weight, None, h, lora_B, gates, ids, SCALING, config=config),
+                moved,
+                f"gated_linear{suffix}",
+            ),
+            f"input_gradient{suffix}": (
+                lambda config=config: input_gradient(dy, weight, dh, lora_A, config=config),
+                moved,
+                f"input_gradient{suffix}",
+            ),
+            f"input_gradient, dropout{suffix}": (
+                lambda config=config: input_gradient(dy, weight, dh, lora_A, config=config, **dropout),
+                moved,
+                f"input_gradient, dropout{suffix}",
+            ),
+        }
+    return found
 
 
 def group_cases(M: int, R: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int, str]]:
@@ -190,7 +216,9 @@ def main() -> int:
     torch.manual_seed(0)
     shape = check_kernels.SHAPES[0]
     ratios = check_kernels.moda_ratios(shape, DTYPE, device) | check_kernels.four_bit_ratios(shape, DTYPE, device)
-    ratios |= check_kernels.group_ratios(shape, DTYPE, device)
+    ratios |= check_kernels.group_ratios(shape, DTYPE, device) | check_kernels.gemm_ratios(shape, DTYPE, device)
+    if check_kernels.has_copy_engine(device):
+        ratios |= check_kernels.gemm_ratios(check_kernels.CUDA_SHAPES[2], DTYPE, device, by_copy_engine=True)
     lacking = cuda_library.reason_unavailable(device)
     if lacking is None:
         ratios |= check_kernels.moda_ratios(check_kernels.CUDA_SHAPES[-1], DTYPE, device, CUDA)
@@ -199,21 +227,21 @@ def main() -> int:
     bandwidth = copy_bandwidth(device)
     name = torch.cuda.get_device_name(device)
     print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
-    print(f"{'kernel':<24} {'M':>6} {'R':>4} {'microseconds':>13} {'TB/s':>6} {'of copy':>8}")
+    print(f"{'kernel':<28} {'M':>6} {'R':>4} {'microseconds':>13} {'TB/s':>6} {'of copy':>8}")
     rows = []
     for M, R in [(8192, 8)] if arguments.quick else [(8192, 8), (8192, 64), (512, 8), (32768, 8)]:
         K = N = 3584
-        todo = cases(M, K, N, R, device) | group_cases(M, R, device)
+        todo = cases(M, K, N, R, device) | group_cases(M, R, device) | gemm_cases(M, K, N, R, device)
         if M == 8192:
             todo |= four_bit_cases(K, N, R, device)
         for case, (launch, moved, checked_by) in todo.items():
-            if ratios[checked_by] > 1:
-                print(f"{case:<24} {M:>6} {R:>4}   not timed: its check fails")
+            if checked_by and ratios[checked_by] > 1:
+                print(f"{case:<28} {M:>6} {R:>4}   not timed: its check fails")
                 continue
             seconds = median_milliseconds(launch) * 1e-3
             rows.append({"kernel": case, "M": M, "K": K, "N": N, "R": R, "seconds": seconds, "bytes": moved})
             rate = moved / seconds
-            print(f"{case:<24} {M:>6} {R:>4} {seconds * 1e6:>13.1f} {rate / 1e12:>6.2f} {rate / bandwidth:>8.0%}")
+            print(f"{case:<28} {M:>6} {R:>4} {seconds * 1e6:>13.1f} {rate / 1e12:>6.2f} {rate / bandwidth:>8.0%}")
     if arguments.out:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
         document = {"device": name, "versions": versions, "copy_bytes_per_second": bandwidth, "rows": rows}

@@ -16,6 +16,7 @@ How to enter a kernel. A module with device code has beside it a table, a module
     flops         operations, two per multiply-add
     tensor_cores  False for a kernel without matrix products
     fp_fusion     whether the launcher lets multiplications and additions fuse
+    targets       the only chips it is launched on; none named: all
 
 It fails if a chip would spill registers, lacks the shared memory, or if a kernel with matrix products has no
 tensor-core instruction. The process must not run with TRITON_INTERPRET=1. Results are kept by Triton's own cache.
@@ -72,6 +73,7 @@ class KernelVariant:
     aligned: tuple[str, ...] = ()
     tensor_cores: bool = True
     fp_fusion: bool = True
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def all_variants(tables: Iterable[str] = TABLES) -> list[KernelVariant]:
 def check_kernels(
     targets: Sequence[str] = ("sm_80", "sm_90", "sm_100"), variants: Iterable[KernelVariant] | None = None
 ) -> list[KernelReport]:
-    """Compile variants (default: all) for each target and report on them; no GPU is needed.
+    """Compile variants (default: all) for each target that they run on and report on them; no GPU is needed.
 
     Raises:
         ValueError: Triton runs as an interpreter in this process, or a target is not one of those in
@@ -107,7 +109,7 @@ def check_kernels(
         if target not in SHARED_MEMORY_LIMIT:
             raise ValueError(f"target is {target!r}, expected one of {sorted(SHARED_MEMORY_LIMIT)}")
     chosen = all_variants() if variants is None else list(variants)
-    pairs = [(variant, target) for variant in chosen for target in targets]
+    pairs = [(one, target) for one in chosen for target in targets if target in (one.targets or targets)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda pair: check_variant(*pair), pairs))
 

@@ -14,9 +14,10 @@ import torch
 import triton.language as tl
 
 from sda_fast.kernels.configs import LaunchConfig, cdiv, config_for, padded_rank, programs_wanted, rank_block
-from sda_fast.kernels.gating import gates_are_per_row, load_gated
+from sda_fast.kernels.gating import gates_are_per_row
 from sda_fast.kernels.group import filled, layer_of_block, number_of, pointer_of
 from sda_fast.kernels.launching import kernel, prepare
+from sda_fast.kernels.low_rank import low_rank_product
 from sda_fast.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
 LARGEST_RANK_BLOCK = 256
@@ -143,36 +144,31 @@ def expand_add_kernel(
     dtype = y_ptr.dtype.element_ty
     if ADDS:
         y = tl.load(y_ptrs, mask=mask, other=0.0)
-    update = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first_rank in range(0, PADDED_R, BLOCK_R):
-        ranks = first_rank + tl.arange(0, BLOCK_R)
-        rank_mask = ranks < R
-        weight = tl.load(
-            weight_ptr + columns.to(tl.int64)[None, :] * stride_weight_column + ranks[:, None] * stride_weight_rank,
-            mask=column_mask[None, :] & rank_mask[:, None],
-            other=0.0,
-        )
-        if IS_GATED:
-            h = load_gated(
-                h_ptr,
-                gates_ptr,
-                modality_ids_ptr,
-                rows,
-                row_mask,
-                first_rank,
-                R,
-                stride_h_row,
-                stride_gates_row,
-                rows_per_sequence,
-                rank_per_expert,
-                scaling,
-                GATE_PER_ROW,
-                BLOCK_R,
-            )
-        else:
-            h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_h_row + ranks[None, :]
-            h = tl.load(h_ptrs, mask=row_mask[:, None] & rank_mask[None, :], other=0.0)
-        update = tl.dot(h.to(dtype), weight.to(dtype), update, input_precision="tf32x3")
+    update = low_rank_product(
+        h_ptr,
+        weight_ptr,
+        gates_ptr,
+        modality_ids_ptr,
+        rows,
+        row_mask,
+        columns,
+        column_mask,
+        R,
+        stride_h_row,
+        stride_weight_column,
+        stride_weight_rank,
+        stride_gates_row,
+        rows_per_sequence,
+        rank_per_expert,
+        scaling,
+        dtype,
+        IS_GATED,
+        GATE_PER_ROW,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+        PADDED_R,
+    )
     if HAS_DROPOUT:
         keep = keep_tile(tl.load(seed_ptr), rows, first_column, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)
         update = tl.where(keep, update * keep_scale, 0.0)

@@ -1,17 +1,24 @@
-"""y = x W^T + bias + (h * G) B^T in one GEMM whose accumulator starts from the low-rank product.
+"""A frozen product and its low-rank update in one GEMM: y = x W^T + bias + (h * G) B^T, dx = dy W + mask/(1-p) (dh A).
 
-The alternative to a library GEMM followed by `expand_add`: it saves reading and writing y once more, and pays with the
-distance between this GEMM and the library's. Which one runs is decided by a measured table, not here.
+The alternative to a library GEMM with a pass before or after it (`expand`, `expand_add`, `dx_pass`): it spares writing
+y or dx once more and reading it, and pays with the distance between this GEMM and the library's. Which one runs is
+decided by a measured table, not here. Where the device has a copy engine for tiles, `moda_gemm_tma` computes it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton.language as tl
 
+from sda_fast.kernels import moda_gemm_tma
 from sda_fast.kernels.configs import LaunchConfig, cdiv, padded_rank, rank_block
-from sda_fast.kernels.gating import gates_are_per_row, load_gated
+from sda_fast.kernels.gating import gates_are_per_row
 from sda_fast.kernels.launching import kernel
+from sda_fast.kernels.low_rank import low_rank_product
+from sda_fast.kernels.moda_forward import options, row_stride
+from sda_fast.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
 BLOCK_K = 64
 # Bytes per element of the activations -> configuration
@@ -24,30 +31,37 @@ def ranks_at_once(dtype: torch.dtype, rank: int) -> int:
 
 
 @kernel
-def gated_linear_kernel(
+def updated_product_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
     h_ptr,
-    lora_B_ptr,
+    lora_ptr,
     gates_ptr,
     modality_ids_ptr,
+    seed_ptr,
     y_ptr,
     M,
     N,
     K,
     R,
     stride_x_row,
-    stride_weight_row,
+    stride_weight_column,
+    stride_weight_inner,
     stride_h_row,
-    stride_B_row,
+    stride_lora_column,
+    stride_lora_rank,
     stride_gates_row,
     stride_y_row,
     rows_per_sequence,
     rank_per_expert,
     scaling,
+    threshold,
+    keep_scale,
     HAS_BIAS: tl.constexpr,
+    IS_GATED: tl.constexpr,
     GATE_PER_ROW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,53 +69,52 @@ def gated_linear_kernel(
     PADDED_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    """y [M, N] from x [M, K]; for dx, dy stands for x and dh for h. The accumulator starts from the update."""
     # Programs run in groups of GROUP_M blocks of rows, so that a group's part of x and W stays in the L2 cache.
-    blocks_of_rows = tl.cdiv(M, BLOCK_M)
-    blocks_per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // blocks_per_group
-    first_row_block = group * GROUP_M
-    rows_in_group = tl.minimum(blocks_of_rows - first_row_block, GROUP_M)
-    within = tl.program_id(0) % blocks_per_group
-    rows = (first_row_block + within % rows_in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = within // rows_in_group * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row, first_column = moda_gemm_tma.origin_of_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
     row_mask = rows < M
     column_mask = columns < N
-    columns_wide = columns.to(tl.int64)[None, :]
-
-    dtype = x_ptr.dtype.element_ty
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first_rank in tl.range(0, PADDED_R, BLOCK_R, num_stages=1):
-        ranks = first_rank + tl.arange(0, BLOCK_R)
-        gated = load_gated(
-            h_ptr,
-            gates_ptr,
-            modality_ids_ptr,
-            rows,
-            row_mask,
-            first_rank,
-            R,
-            stride_h_row,
-            stride_gates_row,
-            rows_per_sequence,
-            rank_per_expert,
-            scaling,
-            GATE_PER_ROW,
-            BLOCK_R,
-        )
-        lora_B = tl.load(
-            lora_B_ptr + columns_wide * stride_B_row + ranks[:, None],
-            mask=column_mask[None, :] & (ranks < R)[:, None],
-            other=0.0,
-        )
-        accumulator = tl.dot(gated.to(dtype), lora_B.to(dtype), accumulator, input_precision="tf32x3")
-
+    accumulator = low_rank_product(
+        h_ptr,
+        lora_ptr,
+        gates_ptr,
+        modality_ids_ptr,
+        rows,
+        row_mask,
+        columns,
+        column_mask,
+        R,
+        stride_h_row,
+        stride_lora_column,
+        stride_lora_rank,
+        stride_gates_row,
+        rows_per_sequence,
+        rank_per_expert,
+        scaling,
+        x_ptr.dtype.element_ty,
+        IS_GATED,
+        GATE_PER_ROW,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+        PADDED_R,
+    )
+    if HAS_DROPOUT:
+        keep = keep_tile(tl.load(seed_ptr), rows, first_column, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)
+        accumulator = tl.where(keep, accumulator * keep_scale, 0.0)
     x_row_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x_row
-    weight_row_ptrs = weight_ptr + columns_wide * stride_weight_row
+    weight_column_ptrs = weight_ptr + columns.to(tl.int64)[None, :] * stride_weight_column
     for first in range(0, K, BLOCK_K):
         inner = first + tl.arange(0, BLOCK_K)
         inner_mask = inner < K
         x = tl.load(x_row_ptrs + inner[None, :], mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
-        weight = tl.load(weight_row_ptrs + inner[:, None], mask=inner_mask[:, None] & column_mask[None, :], other=0.0)
+        weight = tl.load(
+            weight_column_ptrs + inner.to(tl.int64)[:, None] * stride_weight_inner,
+            mask=inner_mask[:, None] & column_mask[None, :],
+            other=0.0,
+        )
         accumulator = tl.dot(x, weight, accumulator, input_precision="tf32x3")
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
@@ -131,46 +144,93 @@ def gated_linear(
         bias: [N] or None.
         h, lora_B, gates, modality_ids, scaling, rows_per_sequence: as in `expand_add`.
         out: [M, N] to write into, dtype of x, unit column stride; allocated if absent.
+        config: that of the kernel without the copy engine, which then runs.
     Returns:
         y, [M, N], dtype of x.
     """
-    (M, K), N, R = x.shape, weight.shape[0], h.shape[1]
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device) if out is None else out
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device) if out is None else out
+    gating: dict[str, Any] = {
+        "gates": gates,
+        "modality_ids": modality_ids,
+        "scaling": scaling,
+        "rows_per_sequence": rows_per_sequence,
+    }
+    launch_updated_product(x, weight, h, lora_B.t(), y, bias=bias, config=config, **gating)
+    return y
+
+
+def input_gradient(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    dh: torch.Tensor,
+    lora_A: torch.Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """dx = dy W + mask / (1 - p) * (dh A), accumulated in float32 and rounded once.
+
+    Args:
+        dy: [M, N], float32, float16 or bfloat16, unit column stride; rows may be strided.
+        weight: [N, K], dense, dtype of dy, unit column stride.
+        dh, lora_A, dropout_p, seed: as in `dx_pass`.
+        out: [M, K] to write into, dtype of dy, unit column stride; allocated if absent.
+        config: that of the kernel without the copy engine, which then runs.
+    Returns:
+        dx, [M, K], dtype of dy.
+    """
+    dx = torch.empty(dy.shape[0], weight.shape[1], dtype=dy.dtype, device=dy.device) if out is None else out
+    launch_updated_product(dy, weight.t(), dh, lora_A, dx, dropout_p=dropout_p, seed=seed, config=config)
+    return dx
+
+
+def launch_updated_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    lora: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+    modality_ids: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    rows_per_sequence: int = 1,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> None:
+    """y = x weight^T + bias + mask / (1 - p) * (h * G) lora, for weight [N, K] and lora [R, N] of any strides."""
+    (M, K), (R, N) = x.shape, lora.shape
     if M == 0 or N == 0:
-        return y
+        return
+    by_copy_engine = config is None and moda_gemm_tma.serves(x, weight, y, R)
     config = config or CONFIGS[x.element_size()]
-    gated_linear_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
-        x,
-        weight,
-        bias,
-        h,
-        lora_B,
-        gates,
-        modality_ids,
-        y,
-        M,
-        N,
-        K,
-        R,
-        x.stride(0),
-        weight.stride(0),
-        h.stride(0),
-        lora_B.stride(0),
-        gates.stride(0),
-        y.stride(0),
-        rows_per_sequence,
-        R // gates.shape[1],
-        scaling,
-        HAS_BIAS=bias is not None,
-        GATE_PER_ROW=gates_are_per_row(gates, modality_ids),
+    threshold = dropout_threshold(dropout_p)
+    pointers = (x, weight, bias, h, lora, gates, modality_ids, seed if threshold else None, y)
+    after_weight = (h.stride(0), lora.stride(1), lora.stride(0), row_stride(gates), y.stride(0), rows_per_sequence)
+    numbers = (*after_weight, 1 if gates is None else R // gates.shape[1], scaling, threshold, dropout_scale(dropout_p))
+    constants: dict[str, Any] = {
+        "HAS_BIAS": bias is not None,
+        "IS_GATED": gates is not None,
+        "GATE_PER_ROW": gates_are_per_row(gates, modality_ids),
+        "HAS_DROPOUT": threshold > 0,
+    }
+    if by_copy_engine:
+        moda_gemm_tma.launch(pointers, (M, N, K, R, x.stride(0)), numbers, constants)
+        return
+    updated_product_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
+        *pointers,
+        *(M, N, K, R, x.stride(0), *weight.stride()),
+        *numbers,
+        **constants,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=BLOCK_K if x.element_size() == 2 else BLOCK_K // 2,
         BLOCK_R=ranks_at_once(x.dtype, R),
         PADDED_R=padded_rank(R),
-        GROUP_M=8,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        GROUP_M=moda_gemm_tma.GROUP_M,
+        **options(config),
     )
-    return y

@@ -70,3 +70,10 @@ def naive_dx_pass(
     """(dA, dx + mask / (1 - p) * (dh A))."""
     dh = dh.to(x.dtype)
     return dh.t() @ naive_dropout(x, keep, keep_scale), dx + naive_dropout(dh @ lora_A.to(x.dtype), keep, keep_scale)
+
+
+def naive_input_gradient(
+    dy: Tensor, weight: Tensor, dh: Tensor, lora_A: Tensor, keep: Tensor | None = None, keep_scale: float = 1.0
+) -> Tensor:
+    """dy W + mask / (1 - p) * (dh A)."""
+    return dy @ weight + naive_dropout(dh.to(dy.dtype) @ lora_A.to(dy.dtype), keep, keep_scale)

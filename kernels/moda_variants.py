@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from sda_fast.kernels import moda_backward, moda_forward, moda_gemm
+from sda_fast.kernels import moda_backward, moda_forward, moda_gemm, moda_gemm_tma
 from sda_fast.kernels.configs import config_for, next_power_of_2, padded_rank, rank_block
 from sda_fast.kernels.gate import KernelVariant
 from sda_fast.kernels.group import LAYERS_PER_LAUNCH
@@ -38,7 +38,8 @@ OF_LAYERS = tuple(f"stride_{name}{which}_row" for name in ("y", "dy") for which 
 OF_RANK = ("R", "stride_h_row", "stride_dh_row", "stride_B_row", "stride_weight_column")
 OF_SIZES = (
     *("M", *WIDTHS, "K", "stride_x_row", *OF_LAYERS, "stride_dx_row", "stride_A_row"),
-    *("stride_weight_rank", "stride_weight_row", "stride_dhg_part", "stride_h_split"),
+    *("stride_weight_rank", "stride_weight_row", "stride_weight_inner", "stride_lora_rank"),
+    *("stride_dhg_part", "stride_h_split"),
 )
 
 # Whose gates a row has: those of its own id, its own line of gates, or the one line that there is.
@@ -46,6 +47,9 @@ Gating = Literal["by id", "row gates", "one gate"]
 GATINGS: tuple[Gating, ...] = ("by id", "row gates", "one gate")
 # What a backward pass gives: of dy dhg and dB, of x dx and dA.
 Needs = Literal["", "dhg only", "dB only", "dx only", "dA only"]
+# Whose copy engine fetches a GEMM's tiles; "" for none.
+CopyEngine = Literal["", "Hopper", "Blackwell"]
+ENGINES: tuple[CopyEngine, ...] = ("Hopper", "Blackwell")
 
 
 def _aligned(rank: int) -> tuple[str, ...]:
@@ -229,40 +233,82 @@ def _expand(
 
 
 def gated_linear(
-    type_name: str, rank: int, gating: Gating = "by id", adapter: str = "fp32", has_bias: bool = True
+    type_name: str,
+    rank: int,
+    gating: Gating = "by id",
+    adapter: str = "fp32",
+    has_bias: bool = True,
+    chip: CopyEngine = "",
 ) -> KernelVariant:
-    size = TYPES[type_name].itemsize
-    config = moda_gemm.CONFIGS[size]
-    block_k = moda_gemm.BLOCK_K if size == 2 else moda_gemm.BLOCK_K // 2
-    floor = (M * K + N * K + M * N) * size + M * rank * 4
-    integers = ("M", "N", "K", "stride_x_row", "stride_weight_row", "stride_B_row", "stride_y_row")
-    signature, constexprs = _together(
-        (GATE_SIGNATURE, {}),
-        _per_expert(rank),
-        _ids(gating),
-        _present("bias_ptr", f"*{type_name}", has_bias),
+    signature, constexprs = _together((GATE_SIGNATURE, {}), _per_expert(rank), _ids(gating))
+    parts = ("gated_linear", chip, type_name, f"R={rank}", "no bias" * (not has_bias))
+    return _updated_product(
+        _named(*parts, gating=gating, adapter=adapter),
+        type_name,
+        rank,
+        {**signature, "lora_ptr": f"*{adapter}", "stride_lora_column": "i32"},
+        {**constexprs, "IS_GATED": True, "stride_lora_rank": 1},
+        has_bias=has_bias,
+        chip=chip,
     )
-    return KernelVariant(
-        name=_named("gated_linear", type_name, f"R={rank}", "no bias" * (not has_bias), gating=gating, adapter=adapter),
-        kernel=moda_gemm.gated_linear_kernel,
-        signature={
-            **signature,
-            "x_ptr": f"*{type_name}",
-            "weight_ptr": f"*{type_name}",
-            "y_ptr": f"*{type_name}",
-            "lora_B_ptr": f"*{adapter}",
-            **dict.fromkeys(integers, "i32"),
-        },
-        constexprs={
-            **constexprs,
-            "HAS_BIAS": has_bias,
+
+
+def input_gradient(
+    type_name: str, rank: int, dropout: bool, adapter: str = "fp32", chip: CopyEngine = ""
+) -> KernelVariant:
+    signature = {name: GATE_SIGNATURE[name] for name in ("h_ptr", "R", "stride_h_row", "rows_per_sequence", "scaling")}
+    ungated = {"gates_ptr": None, "modality_ids_ptr": None, "stride_gates_row": 0, "rank_per_expert": 1}
+    return _updated_product(
+        _named("input_gradient", chip, type_name, f"R={rank}", "dropout" * dropout, adapter=adapter),
+        type_name,
+        rank,
+        {**signature, "lora_ptr": f"*{adapter}", "stride_lora_rank": "i32"},
+        {**ungated, "IS_GATED": False, "GATE_PER_ROW": False, "stride_lora_column": 1},
+        transposed=True,
+        dropout=dropout,
+        chip=chip,
+    )
+
+
+def _updated_product(
+    name: str,
+    type_name: str,
+    rank: int,
+    signature: dict[str, str],
+    constexprs: dict[str, object],
+    *,
+    has_bias: bool = False,
+    transposed: bool = False,
+    dropout: bool = False,
+    chip: CopyEngine = "",
+) -> KernelVariant:
+    """Either GEMM with the update in it; `transposed` as the weight is for dx."""
+    size = TYPES[type_name].itemsize
+    config = moda_gemm_tma.CONFIG if chip else moda_gemm.CONFIGS[size]
+    floor = (M * K + N * K + M * N) * size + M * rank * 4
+    integers = ["M", "N", "K", "stride_x_row", "stride_y_row", "threshold"]
+    if chip:
+        generation = moda_gemm_tma.HOPPER if chip == "Hopper" else moda_gemm_tma.BLACKWELL
+        of_config = moda_gemm_tma.constants_of(rank, dropout, transposed, generation)
+        integers.append("stride_weight_row")
+    else:
+        of_config = {
+            f"stride_weight_{'column' if transposed else 'inner'}": 1,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "BLOCK_K": block_k,
+            "BLOCK_K": moda_gemm.BLOCK_K if size == 2 else moda_gemm.BLOCK_K // 2,
             "BLOCK_R": moda_gemm.ranks_at_once(TYPES[type_name], rank),
             "PADDED_R": padded_rank(rank),
-            "GROUP_M": 8,
-        },
+            "GROUP_M": moda_gemm_tma.GROUP_M,
+        }
+        integers.append(f"stride_weight_{'inner' if transposed else 'column'}")
+    present, absent = _together(_present("bias_ptr", f"*{type_name}", has_bias), _present("seed_ptr", "*i64", dropout))
+    activations = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), f"*{type_name}")
+    return KernelVariant(
+        name=name,
+        kernel=moda_gemm_tma.updated_product_tma_kernel if chip else moda_gemm.updated_product_kernel,
+        signature={**signature, **present, **activations, "keep_scale": "fp32", **dict.fromkeys(integers, "i32")},
+        constexprs={**constexprs, **absent, "HAS_BIAS": has_bias, "HAS_DROPOUT": dropout, **of_config},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         problem=f"M={M} N={N} K={K} R={rank}",
@@ -270,6 +316,7 @@ def gated_linear(
         bytes_floor=floor,
         flops=2 * M * N * (K + rank),
         aligned=_aligned(rank),
+        targets={"": (), "Hopper": ("sm_90",), "Blackwell": ("sm_100",)}[chip],
     )
 
 
@@ -416,6 +463,7 @@ SIZES = ("bf16", "fp32")
 RANKS = (16, 32, 64, 128, 256)
 FUSED_DY = tuple(rank for rank in RANKS if rank <= moda_backward.LARGEST_FUSED_DY_RANK)
 FUSED_DX = tuple(rank for rank in RANKS if rank <= moda_backward.LARGEST_FUSED_DX_RANK)
+BY_ENGINE = tuple(rank for rank in RANKS if rank <= moda_gemm_tma.LARGEST_RANK)
 LARGE_DY, LARGE_DX = RANKS[len(FUSED_DY) :], RANKS[len(FUSED_DX) :]
 BOTH = (True, False)
 
@@ -426,6 +474,7 @@ FORWARD = (
     *(expand(*case, layers=3) for case in product(SIZES, RANKS, GATINGS)),
     *(expand("bf16", rank, layers=2) for rank in RANKS),
     *(gated_linear(*case) for case in product(SIZES, RANKS, GATINGS)),
+    *(gated_linear("bf16", rank, gating, chip=chip) for rank, gating, chip in product(BY_ENGINE, GATINGS, ENGINES)),
 )
 OF_DY = (
     *(dy_pass(*case, layers=layers) for layers in (1, 3) for case in product(SIZES, FUSED_DY, GATINGS)),
@@ -444,6 +493,8 @@ OF_X = (
     *(dx_pass(*case, needs="dx only") for case in product(SIZES, FUSED_DX, BOTH, BOTH)),
     *(dx_pass(*case, needs="dA only") for case in product(SIZES, RANKS, BOTH)),
     *(expand_dx(*case) for case in product(SIZES, LARGE_DX, BOTH, BOTH)),
+    *(input_gradient(*case) for case in product(SIZES, RANKS, BOTH)),
+    *(input_gradient("bf16", rank, dropout, chip=chip) for rank, dropout, chip in product(BY_ENGINE, BOTH, ENGINES)),
 )
 # One of every configuration, or less.
 BFLOAT16_ADAPTERS = (
@@ -453,6 +504,8 @@ BFLOAT16_ADAPTERS = (
     *(project_dy("bf16", rank, "bf16") for rank in LARGE_DY),
     *(dx_pass("bf16", rank, True, False, adapter="bf16") for rank in FUSED_DX),
     *(expand_dx("bf16", rank, True, False, "bf16") for rank in LARGE_DX),
+    *(gated_linear("bf16", rank, adapter="bf16", chip=chip) for rank, chip in product(BY_ENGINE, ENGINES)),
+    *(input_gradient("bf16", rank, True, "bf16", chip) for rank, chip in product(BY_ENGINE, ("", *ENGINES))),
     project("fp32", 16, True, "bf16"),
     *(make("fp32", 16, adapter="bf16") for make in (expand_add, gated_linear, dy_pass)),
     dx_pass("fp32", 16, True, False, adapter="bf16"),
@@ -463,6 +516,9 @@ FLOAT16 = (
     dy_pass("fp16", 16),
     dy_pass("fp16", 256, needs="dB only"),
     *(dx_pass("fp16", rank, True) for rank in (16, 64)),
+    input_gradient("fp16", 16, True),
+    *(gated_linear("fp16", 16, chip=chip) for chip in ENGINES),
+    *(input_gradient("fp16", 16, True, chip=chip) for chip in ENGINES),
 )
 ONE_RANK_PER_EXPERT = (
     project("bf16", 8, True),
@@ -470,5 +526,7 @@ ONE_RANK_PER_EXPERT = (
     *(make("bf16", 8, gating, layers=layers) for make in (expand, dy_pass) for gating in GATINGS for layers in (1, 3)),
     gate_gradient(8, 8, "one gate", layers=3),
     dx_pass("bf16", 8, True, False),
+    *(gated_linear("bf16", 8, gating, has_bias=False, chip=chip) for gating in GATINGS for chip in ENGINES),
+    *(input_gradient("bf16", 8, True, chip=chip) for chip in ENGINES),
 )
 VARIANTS = (*FORWARD, *OF_DY, *OF_X, *BFLOAT16_ADAPTERS, *FLOAT16, *ONE_RANK_PER_EXPERT)

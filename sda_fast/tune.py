@@ -337,7 +337,8 @@ def update_ways(case: Case, device: torch.device, before: Sequence[Record]) -> t
 def update_ways_of_dx(case: Case, device: torch.device, before: Sequence[Record]) -> tuple[Ways, Tensor]:
     """The ways of updating dx [M, N] from dy [M, K], with dropout, dA included."""
     from sda_fast.kernels.moda_backward import dx_pass
-    from sda_fast.kernels.moda_naive import naive_dx_pass
+    from sda_fast.kernels.moda_gemm import input_gradient
+    from sda_fast.kernels.moda_naive import naive_input_gradient
     from sda_fast.ops.dropout import dropout_scale, keep_mask
 
     M, width, inner, r = case.rows, case.out_features, case.in_features, case.r
@@ -356,9 +357,13 @@ def update_ways_of_dx(case: Case, device: torch.device, before: Sequence[Record]
         dx_pass(x, dh, lora_A, dx, **dropping)
         return dx
 
-    keep, product = keep_mask(M, width, 0.1, 1, device), dy.float() @ weight.float()
-    _, truth = naive_dx_pass(x.float(), dh, lora_A, product, keep, dropout_scale(0.1))
-    return {"before": written_first, "in place": in_place}, truth
+    def in_accumulator() -> Tensor:
+        dx_pass(x, dh, lora_A, None, **dropping)
+        return input_gradient(dy, weight, dh, lora_A, **dropping)
+
+    keep = keep_mask(M, width, 0.1, 1, device)
+    truth = naive_input_gradient(dy.float(), weight.float(), dh, lora_A, keep, dropout_scale(0.1))
+    return {"before": written_first, "in place": in_place, "accumulator": in_accumulator}, truth
 
 
 WAYS_OF = {

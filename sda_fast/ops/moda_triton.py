@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sda_fast.kernels.moda_backward import fuses_dy
 from sda_fast.kernels.moda_forward import with_unit_columns
-from sda_fast.kernels.moda_gemm import gated_linear
+from sda_fast.kernels.moda_gemm import gated_linear, input_gradient
 from sda_fast.kernels.nf4 import decode_4bit
 from sda_fast.ops import cuda_library, regimes
 from sda_fast.ops.folding import SIXTEEN_BITS, packed_bytes
@@ -85,7 +85,7 @@ def rows_of_ids(modality_ids: Tensor | None, h: Tensor) -> dict[str, int]:
     return {"rows_per_sequence": rows_per_id(modality_ids, h.shape[0])}
 
 
-def update_way(member: Member, x: Tensor) -> regimes.UpdateOfY:
+def update_way(member: Member, x: Tensor) -> regimes.Update:
     """How `regimes` wants y of one layer to be updated."""
     return regimes.update_of_y(x, member.layout.out_features, member.lora_B.shape[1])
 
@@ -173,15 +173,19 @@ def backward(
         return gradients
     lora_A = stacked_A([member.lora_A for member in members])
     dropping: dict[str, Any] = {"dropout_p": dropout, "seed": seed, "needs_dA": needs_A}
-    if not needs_x:
-        gradients.dA = dx_pass(x, dh, lora_A, None, **dropping)
-    elif regimes.update_of_dx(dys[0], lora_A.shape[1], lora_A.shape[0]) == "before":
+    way = regimes.update_of_dx(dys[0], lora_A.shape[1], lora_A.shape[0]) if needs_x else None
+    if way == "before":
         dx = dys[0].new_empty(M, lora_A.shape[1])
         gradients.dA = dx_pass(x, dh, lora_A, dx, adds=False, **dropping)
         gradients.dx = add_frozen_products(dx, dys, members)
-    else:
+    elif way == "in place":
         gradients.dx = add_frozen_products(None, dys, members)
         gradients.dA = dx_pass(x, dh, lora_A, gradients.dx, **dropping)
+    else:
+        gradients.dA = dx_pass(x, dh, lora_A, None, **dropping)
+    if way == "accumulator":
+        dx = first_product_with_update(dys[0], members[0], dh, lora_A, dropout, seed)
+        gradients.dx = add_frozen_products(dx, dys[1:], members[1:])
     return gradients
 
 
@@ -219,6 +223,15 @@ def dx_pass(
     if not activations:
         return None
     return passes_for(lora_A.shape[0], *activations).dx_pass(x, dh, lora_A, dx, needs_dA=needs_dA, **options)
+
+
+def first_product_with_update(
+    dy: Tensor, member: Member, dh: Tensor, lora_A: Tensor, dropout: float, seed: Tensor | None
+) -> Tensor:
+    """dx of one layer with the update of the whole group, from one GEMM."""
+    with workspaces.guard(dy.device):
+        weight = with_unit_columns(decoded(member, dy.dtype))
+        return input_gradient(with_unit_columns(dy), weight, dh, lora_A, dropout_p=dropout, seed=seed)
 
 
 def add_frozen_products(dx: Tensor | None, dys: Sequence[Tensor], members: Sequence[Member]) -> Tensor | None:

@@ -305,10 +305,9 @@ def test_a_measured_number_of_parts_reaches_the_small_product(user_tables: Path,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it in its table")
 def test_all_updates_of_y_and_dx_pass_their_check() -> None:
-    ways_of_dx = {"before", "in place"}
-    for decision, ways in (("update of y", {*ways_of_dx, "accumulator"}), ("update of dx", ways_of_dx)):
+    for decision in ("update of y", "update of dx"):
         record = tune.measure_case(tune.Case(decision, torch.float32, "any", 9, 24, 32), CPU, 0.001)
-        assert set(record["microseconds"]) == ways
+        assert set(record["microseconds"]) == {"before", "in place", "accumulator"}
 
 
 def test_packaged_tables_are_those_of_the_results_folder() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sda_fast.kernels import moda_gemm_tma
 from sda_fast.kernels import moda_naive as naive
 from sda_fast.kernels.configs import LaunchConfig
 from sda_fast.kernels.moda_backward import dx_pass, dy_pass, dy_pass_of_group
 from sda_fast.kernels.moda_forward import expand, expand_add, expand_group, project
-from sda_fast.kernels.moda_gemm import gated_linear
+from sda_fast.kernels.moda_gemm import gated_linear, input_gradient
 from sda_fast.kernels.philox import dropout_scale
 from sda_fast.ops.dropout import keep_mask
 
@@ -217,6 +218,115 @@ def test_gated_linear_is_one_product_with_the_update(shape, layout, dtype, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_input_gradient_is_one_product_with_the_masked_update(shape, dropout, dtype):
+    M, K, N, R, _ = shape
+    dy, weight = random(M, N, dtype=dtype), random(N, K, dtype=dtype, scale=0.1)
+    dh, lora_A = random(M, R), random(R, K, scale=0.1)
+    options = {"dropout_p": dropout, "seed": torch.tensor([SEED], device=DEVICE)}
+    keep = keep_mask(M, K, dropout, SEED, DEVICE) if dropout else None
+    frame = poisoned(M, K + 2, dtype=dtype)
+    dx = input_gradient(dy, weight, dh, lora_A, out=frame[:, 1 : K + 1], **options)
+    assert_as_good_as(dx, naive.naive_input_gradient, dy, weight, dh, lora_A, keep, dropout_scale(dropout))
+    assert frame[:, 0].isnan().all() and frame[:, K + 1].isnan().all()
+
+
+@pytest.fixture
+def copy_engine(monkeypatch):
+    """Makes every GEMM with an update in it go through the copy engine, where there is one to go through."""
+    if ON_GPU and moda_gemm_tma.generation(torch.device("cuda")) not in (9, 10):
+        pytest.skip("this GPU has no copy engine for tiles that the kernel uses")
+    served = []
+
+    def serves(*arguments):
+        assert all(map(moda_gemm_tma.is_described, (arguments[0], arguments[2])))
+        served.append(True)
+        return True
+
+    monkeypatch.setattr(moda_gemm_tma, "serves", serves)
+    yield
+    assert served
+
+
+def described(*shape, dtype, scale=1.0):
+    """Random values in a NaN-filled frame whose rows start at multiples of 16 bytes."""
+    rows, columns = shape
+    frame = poisoned(rows + 2, -(-columns // 8) * 8 + 16, dtype=dtype)
+    window = frame[1 : rows + 1, 8 : columns + 8]
+    window.copy_((torch.randn(*shape) * scale).to(dtype))
+    return window
+
+
+# M, K, N, R, E: tiles are 128 x 256, and steps of 64; two programs run where there is no GPU.
+DESCRIBED_SHAPES = [(1, 8, 16, 1, 1), (130, 72, 264, 8, 4), (300, 200, 40, 24, 8), (257, 64, 520, 32, 32)]
+HALVES = [dtype for dtype in DTYPES if dtype.itemsize == 2]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", DESCRIBED_SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_linear_through_the_copy_engine(shape, layout, dtype, bias, copy_engine):
+    M, K, N, R, E = shape
+    x, weight = described(M, K, dtype=dtype), described(N, K, dtype=dtype, scale=0.1)
+    h, lora_B = random(M, R), random(N, R, scale=0.1)
+    offset = torch.randn(N, device=DEVICE).to(dtype) if bias else None
+    gates, ids, rows_per_sequence = random_gates(layout, M, E)
+    gate = naive.naive_gate(gates, ids, SCALING, M, R, rows_per_sequence)
+    y = described(M, N, dtype=dtype, scale=float("nan"))
+    given = (x, weight, offset, h, lora_B, gates, ids, SCALING)
+    assert gated_linear(*given, rows_per_sequence=rows_per_sequence, out=y) is y
+    assert_as_good_as(y, naive.naive_gated_linear, x, weight, offset, h, lora_B, gate)
+    assert y._base.isnan().sum() == y._base.numel() - y.numel()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("shape", DESCRIBED_SHAPES)
+def test_input_gradient_through_the_copy_engine(shape, dropout, dtype, copy_engine):
+    M, K, N, R, _ = shape
+    dy, weight = described(M, N, dtype=dtype), described(N, K, dtype=dtype, scale=0.1)
+    dh, lora_A = random(M, R), random(R, K, scale=0.1)
+    options = {"dropout_p": dropout, "seed": torch.tensor([SEED], device=DEVICE)}
+    keep = keep_mask(M, K, dropout, SEED, DEVICE) if dropout else None
+    dx = input_gradient(dy, weight, dh, lora_A, **options)
+    assert_as_good_as(dx, naive.naive_input_gradient, dy, weight, dh, lora_A, keep, dropout_scale(dropout))
+    if dropout:
+        only_update = input_gradient(dy, torch.zeros_like(weight), dh, lora_A, **options)
+        assert not only_update[~keep].any() and (only_update[keep] != 0).float().mean() > 0.99
+
+
+def test_a_launch_by_the_copy_engine_leaves_tritons_allocator_alone(copy_engine):
+    from triton.runtime import _allocation
+
+    before = _allocation._allocator.get()
+    x, weight = described(4, 8, dtype=torch.float16), described(16, 8, dtype=torch.float16)
+    input_gradient(x, weight.t().contiguous(), random(4, 8), random(8, 16))
+    assert _allocation._allocator.get() is before
+    if ON_GPU:
+        assert moda_gemm_tma.scratch(384, 128, None).is_cuda
+
+
+def test_the_copy_engine_serves_only_what_it_can_fetch(monkeypatch):
+    monkeypatch.setattr(moda_gemm_tma, "generation", lambda device: generation)
+    monkeypatch.setattr(moda_gemm_tma, "multiprocessors", lambda device: 4)
+    x, weight, y = (torch.zeros(shape, dtype=torch.float16) for shape in ((256, 64), (512, 64), (256, 512)))
+    for generation, expected in ((9, True), (10, True), (8, False), (12, False), (0, False)):  # noqa: B007
+        assert moda_gemm_tma.serves(x, weight, y, 8) is expected
+    generation = 9
+    assert moda_gemm_tma.serves(x, weight.t().contiguous().t(), y, 32)
+    wide = torch.zeros(256, 68, dtype=torch.float16)
+    for unfit in (wide[:, :64], wide.view(-1)[1 : 1 + 256 * 64].view(256, 64), x[:, ::2]):
+        assert not moda_gemm_tma.serves(unfit, weight, y, 8)
+    assert not moda_gemm_tma.serves(x, weight[:, ::2], y, 8)
+    assert not moda_gemm_tma.serves(x.float(), weight.float(), y.float(), 8)
+    assert not moda_gemm_tma.serves(x, weight, y, 33)
+    assert not moda_gemm_tma.serves(x, weight, y[:128], 8), "three of four multiprocessors would have no tile"
+    assert not moda_gemm_tma.serves(x[:, :0], weight[:, :0], y, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dy_pass_gives_all_three_gradients(shape, layout, dtype):
@@ -296,6 +406,7 @@ def test_no_rows_are_fine():
         0,
         5,
     )
+    assert input_gradient(empty, torch.randn(17, 5, device=DEVICE), h, lora[:5].t().contiguous()).shape == (0, 5)
     dh, dB, dgates = dy_pass(empty, h, lora, gates, ids, SCALING)
     assert dh.shape == (0, 8) and not dB.any() and not dgates.any() and dgates.shape == (2, 4)
     dA = dx_pass(empty, h, lora.t().contiguous(), empty.clone())

@@ -33,7 +33,7 @@ class Case:
     biases: list[Tensor | None]
     dropout: float
     seed: int
-    way: regimes.UpdateOfY
+    way: regimes.Update
 
     def tensors(self) -> list[Tensor]:
         return [self.x, *self.lora_A, *self.lora_B, *self.gates]
