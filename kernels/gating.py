@@ -44,11 +44,15 @@ def load_gated(
     GATE_PER_ROW: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """h * G for the given rows and BLOCK_R ranks, float32, zero outside the mask and beyond R."""
+    """h * G for the given rows and BLOCK_R ranks, float32, zero outside the mask and beyond R; without gates, h."""
     ranks = first_rank + tl.arange(0, BLOCK_R)
     mask = row_mask[:, None] & (ranks < R)[None, :]
     h = tl.load(h_ptr + rows.to(tl.int64)[:, None] * stride_h_row + ranks[None, :], mask=mask, other=0.0)
-    which = gate_rows(modality_ids_ptr, rows, row_mask, rows_per_sequence, GATE_PER_ROW)
-    experts = ranks // rank_per_expert
-    gates = tl.load(gates_ptr + which[:, None] * stride_gates_row + experts[None, :], mask=mask, other=0.0)
-    return h.to(tl.float32) * (gates.to(tl.float32) * scaling)
+    if gates_ptr is None:
+        gated = h.to(tl.float32)
+    else:
+        which = gate_rows(modality_ids_ptr, rows, row_mask, rows_per_sequence, GATE_PER_ROW)
+        experts = ranks // rank_per_expert
+        gates = tl.load(gates_ptr + which[:, None] * stride_gates_row + experts[None, :], mask=mask, other=0.0)
+        gated = h.to(tl.float32) * (gates.to(tl.float32) * scaling)
+    return gated

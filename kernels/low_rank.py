@@ -1,4 +1,4 @@
-"""The low-rank product inside kernels: the left factor h * G (or h alone) times the right factor, B^T or A."""
+"""The low-rank product inside kernels: h * G (or h, where nothing is gated) times the right factor, B^T or A."""
 
 from __future__ import annotations
 
@@ -6,49 +6,6 @@ import triton
 import triton.language as tl
 
 from sda_fast.kernels.gating import load_gated
-
-
-@triton.jit
-def load_left(
-    h_ptr,
-    gates_ptr,
-    modality_ids_ptr,
-    rows,
-    row_mask,
-    first_rank,
-    R,
-    stride_h_row,
-    stride_gates_row,
-    rows_per_sequence,
-    rank_per_expert,
-    scaling,
-    IS_GATED: tl.constexpr,
-    GATE_PER_ROW: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """h * G, or h where nothing is gated, for the given rows and BLOCK_R ranks; float32, zero outside."""
-    if IS_GATED:
-        left = load_gated(
-            h_ptr,
-            gates_ptr,
-            modality_ids_ptr,
-            rows,
-            row_mask,
-            first_rank,
-            R,
-            stride_h_row,
-            stride_gates_row,
-            rows_per_sequence,
-            rank_per_expert,
-            scaling,
-            GATE_PER_ROW,
-            BLOCK_R,
-        )
-    else:
-        ranks = first_rank + tl.arange(0, BLOCK_R)
-        h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_h_row + ranks[None, :]
-        left = tl.load(h_ptrs, mask=row_mask[:, None] & (ranks < R)[None, :], other=0.0)
-    return left
 
 
 @triton.jit
@@ -81,7 +38,6 @@ def low_rank_product(
     rank_per_expert,
     scaling,
     DTYPE: tl.constexpr,
-    IS_GATED: tl.constexpr,
     GATE_PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,7 +48,7 @@ def low_rank_product(
     product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_rank in tl.range(0, PADDED_R, BLOCK_R, num_stages=1):
         right = load_right(lora_ptr, columns, column_mask, first_rank, R, stride_lora_column, stride_lora_rank, BLOCK_R)
-        left = load_left(
+        left = load_gated(
             h_ptr,
             gates_ptr,
             modality_ids_ptr,
@@ -105,7 +61,6 @@ def low_rank_product(
             rows_per_sequence,
             rank_per_expert,
             scaling,
-            IS_GATED,
             GATE_PER_ROW,
             BLOCK_R,
         )

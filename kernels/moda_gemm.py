@@ -59,7 +59,6 @@ def updated_product_kernel(
     threshold,
     keep_scale,
     HAS_BIAS: tl.constexpr,
-    IS_GATED: tl.constexpr,
     GATE_PER_ROW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -94,7 +93,6 @@ def updated_product_kernel(
         rank_per_expert,
         scaling,
         x_ptr.dtype.element_ty,
-        IS_GATED,
         GATE_PER_ROW,
         BLOCK_M,
         BLOCK_N,
@@ -214,7 +212,6 @@ def launch_updated_product(
     numbers = (*after_weight, 1 if gates is None else R // gates.shape[1], scaling, threshold, dropout_scale(dropout_p))
     constants: dict[str, Any] = {
         "HAS_BIAS": bias is not None,
-        "IS_GATED": gates is not None,
         "GATE_PER_ROW": gates_are_per_row(gates, modality_ids),
         "HAS_DROPOUT": threshold > 0,
     }

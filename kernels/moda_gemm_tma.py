@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from sda_fast.kernels.configs import LaunchConfig, cdiv, multiprocessors, padded_rank
+from sda_fast.kernels.gating import load_gated
 from sda_fast.kernels.launching import POINTER_ALIGNMENT, kernel
-from sda_fast.kernels.low_rank import load_left, load_right
+from sda_fast.kernels.low_rank import load_right
 from sda_fast.kernels.moda_forward import options
 from sda_fast.kernels.philox import keep_tile
 
@@ -137,7 +138,6 @@ def updated_product_tma_kernel(
     keep_scale,
     WEIGHT_IS_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    IS_GATED: tl.constexpr,
     GATE_PER_ROW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     UPDATES_AT_ONCE: tl.constexpr,
@@ -170,7 +170,7 @@ def updated_product_tma_kernel(
                 weight = weights.load([first_column, step * BLOCK_K]).T
             accumulator = tl.dot(x, weight, accumulator)
         rows = first_row + tl.arange(0, BLOCK_M)
-        left = load_left(
+        left = load_gated(
             h_ptr,
             gates_ptr,
             modality_ids_ptr,
@@ -183,7 +183,6 @@ def updated_product_tma_kernel(
             rows_per_sequence,
             rank_per_expert,
             scaling,
-            IS_GATED,
             GATE_PER_ROW,
             BLOCK_R,
         ).to(dtype)
