@@ -35,7 +35,7 @@ GATE_SIGNATURE = {
 PLACES = ("", *(f"_{place}" for place in range(1, LAYERS_PER_LAUNCH)))
 WIDTHS = tuple(f"N{which}" for which in PLACES)
 OF_LAYERS = tuple(f"stride_{name}{which}_row" for name in ("y", "dy") for which in PLACES)
-OF_RANK = ("R", "stride_h_row", "stride_dh_row", "stride_B_row", "stride_weight_column")
+OF_RANK = ("R", "stride_h_row", "stride_dh_row", "stride_B_row", "stride_weight_column", "stride_lora_column")
 OF_SIZES = (
     *("M", *WIDTHS, "K", "stride_x_row", *OF_LAYERS, "stride_dx_row", "stride_A_row"),
     *("stride_weight_rank", "stride_weight_row", "stride_weight_inner", "stride_lora_rank"),
@@ -289,10 +289,11 @@ def _updated_product(
     if chip:
         generation = moda_gemm_tma.HOPPER if chip == "Hopper" else moda_gemm_tma.BLACKWELL
         of_config = moda_gemm_tma.constants_of(rank, dropout, transposed, generation)
-        integers.append("stride_weight_row")
+        strided = "row"
     else:
+        strided, unit = ("inner", "column") if transposed else ("column", "inner")
         of_config = {
-            f"stride_weight_{'column' if transposed else 'inner'}": 1,
+            f"stride_weight_{unit}": 1,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": moda_gemm.BLOCK_K if size == 2 else moda_gemm.BLOCK_K // 2,
@@ -300,7 +301,7 @@ def _updated_product(
             "PADDED_R": padded_rank(rank),
             "GROUP_M": moda_gemm_tma.GROUP_M,
         }
-        integers.append(f"stride_weight_{'inner' if transposed else 'column'}")
+    integers.append(f"stride_weight_{strided}")
     present, absent = _together(_present("bias_ptr", f"*{type_name}", has_bias), _present("seed_ptr", "*i64", dropout))
     activations = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), f"*{type_name}")
     return KernelVariant(
@@ -314,7 +315,7 @@ def _updated_product(
         bytes_moved=floor,
         bytes_floor=floor,
         flops=2 * M * N * (K + rank),
-        aligned=_aligned(rank),
+        aligned=(*_aligned(rank), f"stride_weight_{strided}"),
         targets={"": (), "Hopper": ("sm_90",), "Blackwell": ("sm_100",)}[chip],
     )
 
