@@ -4,10 +4,10 @@
 repository root it is then only a namespace, and an installed distribution whose import name is `kernels`
 (transformers and bitsandbytes look for it) wins over it.
 
-Nothing but speed depends on the libraries. The CUDA library is built when a CUDA compiler and a CUDA build of torch are
-at hand, torch being the one installed beside the interpreter that pip runs; SDA_FAST_CUDA=1 makes it an error not to
-build it and builds it for a torch without CUDA too, SDA_FAST_CUDA=0 forbids it. The host library is built when a C++
-compiler is at hand; SDA_FAST_HOST=1 makes it an error not to build it, SDA_FAST_HOST=0 forbids it.
+Nothing but speed and rounding depends on the libraries. The CUDA library is built when a CUDA compiler and a CUDA build
+of torch are at hand, torch being the one installed beside the interpreter that pip runs; SDA_FAST_CUDA=1 makes it an
+error not to build it and builds it for a torch without CUDA too, SDA_FAST_CUDA=0 forbids it. The host library is built
+when a C++ compiler is at hand; SDA_FAST_HOST=1 makes it an error not to build it, SDA_FAST_HOST=0 forbids it.
 """
 
 import os

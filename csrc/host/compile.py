@@ -1,7 +1,7 @@
 """Builds the host library with the host's C++ compiler: `python csrc/host/compile.py OUTPUT.so`. Used by setup.py and
 by the tests.
 
-No flag names a processor: what is faster with AVX2 is chosen when the library runs.
+No flag names a processor: what is faster with AVX2 or AMX is chosen when the library runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parent / "dropout.cpp"
+SOURCES = tuple(Path(__file__).resolve().parent / name for name in ("dropout.cpp", "low_rank.cpp"))
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -40,7 +40,7 @@ def command(output: Path) -> list[str]:
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError(f"no C++ compiler was found (CXX, {', '.join(COMPILERS)})")
-    return [*compiler, "-std=c++17", "-O3", "-fPIC", "-pthread", "-shared", str(SOURCE), "-o", str(output)]
+    return [*compiler, "-std=c++17", "-O3", "-fPIC", "-pthread", "-shared", *map(str, SOURCES), "-o", str(output)]
 
 
 def build(output: Path) -> None:

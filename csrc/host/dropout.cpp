@@ -4,9 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <system_error>
-#include <thread>
-#include <vector>
+
+#include "parts.h"
 
 #if defined(__x86_64__) && !defined(SDA_FAST_PLAIN)
 #define SDA_FAST_AVX2
@@ -21,23 +20,9 @@ constexpr int ROUNDS = 7;
 // Bytes of the mask that are worth a thread: a good 0.1 ms of work.
 constexpr std::size_t BYTES_PER_THREAD = 65536;
 
-// Calls work(first, end) for parts of `count` items, each of so many bytes of the mask, on up to `threads` threads.
-template <typename Work>
-void in_parts(std::size_t count, std::size_t bytes, std::size_t threads, const Work& work) {
-    const std::size_t parts = std::max<std::size_t>(1, std::min(threads, count * bytes / BYTES_PER_THREAD));
-    const std::size_t size = (count + parts - 1) / parts;
-    std::vector<std::thread> others;
-    others.reserve(parts);
-    for (std::size_t first = size; first < count; first += size) {
-        const std::size_t end = std::min(first + size, count);
-        try {
-            others.emplace_back(work, first, end);
-        } catch (const std::system_error&) {
-            work(first, end);
-        }
-    }
-    work(0, std::min(size, count));
-    for (std::thread& other : others) other.join();
+// How many of `count` items, each of so many bytes of the mask, are worth a thread.
+inline std::size_t items_per_thread(std::size_t bytes) {
+    return (BYTES_PER_THREAD + bytes - 1) / std::max<std::size_t>(1, bytes);
 }
 
 // Bit 2i and bit 2i + 1: whether the lower and the upper half of word i reach the threshold, at most 65535.
@@ -156,7 +141,8 @@ template <typename Word>
 void drop(const Word* values, const std::uint8_t* bits, std::size_t rows, std::size_t columns, Word* out,
           std::size_t threads) {
     const std::size_t bytes = (columns + 7) / 8;
-    in_parts(rows, bytes, threads, [=](std::size_t first, std::size_t end) {
+    const std::size_t parts = sda_fast::number_of_parts(rows, items_per_thread(bytes), threads);
+    sda_fast::in_parts(rows, parts, 1, [=](std::size_t, std::size_t first, std::size_t end) {
         drop_rows(values + first * columns, bits + first * bytes, end - first, columns, out + first * columns);
     });
 }
@@ -167,7 +153,8 @@ extern "C" {
 
 void sda_fast_keep_bits(std::uint64_t first, std::size_t count, std::uint32_t threshold, std::uint64_t seed,
                         std::uint8_t* bits, std::size_t threads) {
-    in_parts(count, 1, threads, [=](std::size_t start, std::size_t end) {
+    const std::size_t parts = sda_fast::number_of_parts(count, items_per_thread(1), threads);
+    sda_fast::in_parts(count, parts, 1, [=](std::size_t, std::size_t start, std::size_t end) {
         keep_bits(first + start, end - start, threshold, seed, bits + start);
     });
 }

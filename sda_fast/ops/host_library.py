@@ -1,6 +1,7 @@
 """The optional host library built from csrc/host/: dropout on a CPU, drawn and applied by compiled code.
 
-Nothing is loaded at import. Everything here also exists without it, in NumPy and PyTorch (sda_fast.ops.dropout).
+Nothing is loaded at import. Everything here also exists without it, in NumPy and PyTorch (sda_fast.ops.dropout). Its
+low-rank products have a module of their own (sda_fast.ops.host_products).
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 LIBRARY_PATH = Path(__file__).with_name("libsda_fast_host.so")
 DROP_OF_SIZE = {2: "sda_fast_drop_16", 4: "sda_fast_drop_32", 8: "sda_fast_drop_64"}
+# A matrix of activations is its address, rows, columns and row stride; a factor its address, ranks and two strides;
+# h its address and row stride, and the same of gates is their address and how many rows share a line.
+MATRIX = FACTOR = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t)
+HIDDEN = GATES = (ctypes.c_void_p, ctypes.c_size_t)
 ARGUMENTS = {
     "sda_fast_keep_bits": (
         *(ctypes.c_uint64, ctypes.c_size_t, ctypes.c_uint32, ctypes.c_uint64),
@@ -26,7 +31,15 @@ ARGUMENTS = {
         DROP_OF_SIZE.values(),
         (*(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t), *(ctypes.c_void_p, ctypes.c_size_t)),
     ),
+    "sda_fast_has_low_rank": (),
+    "sda_fast_project": (*MATRIX, *FACTOR, ctypes.c_void_p, ctypes.c_size_t),
+    "sda_fast_expand_add": (*MATRIX, *FACTOR, *HIDDEN, *GATES, ctypes.c_size_t),
+    "sda_fast_reduce": (
+        *(*MATRIX, *FACTOR, *HIDDEN, *GATES, *HIDDEN),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t),
+    ),
 }
+RESULTS = {"sda_fast_has_low_rank": ctypes.c_int}
 
 
 @cache
@@ -38,7 +51,7 @@ def load(path: Path) -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
         for name, arguments in ARGUMENTS.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, RESULTS.get(name)
     except (OSError, AttributeError) as error:
         logger.warning("%s cannot be loaded, NumPy is used instead: %s", path, error)
         return f"it cannot be loaded: {error}"

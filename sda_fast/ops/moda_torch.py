@@ -2,7 +2,7 @@
 
 Sizes: M rows, K inputs, N outputs of a layer, R its total rank, E its experts. Activation-sized products run in the
 dtype of x; everything of size M x R is held in float32 (float64 for float64 activations) and rounded once before a
-product.
+product. On a CPU with AMX the host library does many of the low-rank products (`host_products`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sda_fast.ops import host_products
 from sda_fast.ops.dropout import drop, dropout_scale, dropping, keep_bits
 from sda_fast.ops.quantized import WeightLayout, decode, workspaces
 
@@ -59,6 +60,11 @@ def stacked_A(lora_A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return in_one([one.to(dtype) for one in lora_A])
 
 
+def dtype_of_factors(activations: Tensor, ranks: int) -> torch.dtype:
+    """The dtype that A and B are wanted in: the host library rounds them itself."""
+    return torch.float32 if host_products.can_take(activations, ranks) else activations.dtype
+
+
 def gate_of_ranks(member: Member, modality_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
     """scaling * gate for every rank, one line per id (or per line of gates): [n, R]."""
     gates = member.gates.to(dtype) * member.scaling
@@ -103,15 +109,22 @@ def in_one(parts: list[Tensor], dim: int = 0) -> Tensor:
 
 def hidden(x: Tensor, lora_A: Sequence[Tensor], dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """h = dropout(x) A^T of all layers [M, sum of R], and the packed dropout mask (empty without dropout)."""
-    stacked = stacked_A(lora_A, x.dtype)
+    dtype = dtype_of_factors(x, sum(one.shape[0] for one in lora_A))
     if dropout == 0:
         bits = torch.empty(0, dtype=torch.uint8, device=x.device)
-        return (x @ stacked.t()).to(wide(x.dtype)), bits
+        return project(x, stacked_A(lora_A, dtype)), bits
     assert seed is not None
     bits = keep_bits(x.shape[0], x.shape[1], dropout, seed)
-    chunks = row_chunks(*x.shape)
-    parts = [drop(rows_of(x, rows), rows_of(bits, rows)) @ stacked.t() for rows in chunks]
-    return in_one(parts).to(wide(x.dtype)).mul_(dropout_scale(dropout)), bits
+    stacked = stacked_A(lora_A, dtype)
+    parts = [project(drop(rows_of(x, rows), rows_of(bits, rows)), stacked) for rows in row_chunks(*x.shape)]
+    return in_one(parts).mul_(dropout_scale(dropout)), bits
+
+
+def project(x: Tensor, stacked: Tensor) -> Tensor:
+    """x A^T in wide sums, [M, sum of R]."""
+    if host_products.can_take(x, stacked.shape[0]):
+        return host_products.project(x, stacked)
+    return (x @ stacked.to(x.dtype).t()).to(wide(x.dtype))
 
 
 def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None) -> Tensor:
@@ -124,7 +137,10 @@ def output_of(member: Member, x: Tensor, h: Tensor, modality_ids: Tensor | None)
 
 def add_update(y: Tensor, member: Member, h: Tensor, modality_ids: Tensor | None) -> Tensor:
     """y + (h * G) B^T, in place."""
-    h_gated = gated(h, gate_of_ranks(member, modality_ids, h.dtype))
+    gate = gate_of_ranks(member, modality_ids, h.dtype)
+    if host_products.can_take(y, h.shape[1]):
+        return host_products.expand_add(y, h, gate, member.lora_B.t())
+    h_gated = gated(h, gate)
     return y.addmm_(h_gated.to(y.dtype), member.lora_B.to(y.dtype).t())
 
 
@@ -154,23 +170,39 @@ def backward(
             with workspaces.guard(dy.device):
                 dx = dy @ member.decoded(dtype) if dx is None else dx.addmm_(dy, member.decoded(dtype))
         gate = gate_of_ranks(member, modality_ids, sums)
-        dB = dgates = None
-        if needs_B:
-            assert h is not None
-            dB = (gated(columns_of(h, member.ranks), gate).to(dtype).t() @ dy).t()
-        if needs_dh or needs_gates:
-            dhg = (dy @ member.lora_B.to(dtype)).to(sums)
-            if needs_dh:
-                dh_parts.append(gated(dhg, gate))
-            if needs_gates:
-                assert h is not None
-                dgates = gate_gradient(dhg * columns_of(h, member.ranks), member, modality_ids)
+        h_of_member = None if h is None else columns_of(h, member.ranks)
+        wanted = {"needs_dh": needs_dh, "needs_B": needs_B, "needs_gates": needs_gates}
+        if host_products.can_take(dy, gate.shape[1]):
+            dh, dB, products = host_products.dy_pass(dy, member.lora_B, h_of_member, gate, **wanted)
+        else:
+            dh, dB, products = dy_pass(dy, member.lora_B, h_of_member, gate, **wanted)
+        if dh is not None:
+            dh_parts.append(dh)
+        dgates = None if products is None else gate_gradient(products, member, modality_ids)
         gradients.dB.append(dB)
         gradients.dgates.append(dgates)
     gradients.dx = dx
     if needs_dh:
         gradients.dA = low_rank_backward(x, in_one(dh_parts, 1), bits, members, dx, dropout, dtype, needs_A)
     return gradients
+
+
+def dy_pass(
+    dy: Tensor, lora_B: Tensor, h: Tensor | None, gate: Tensor, *, needs_dh: bool, needs_B: bool, needs_gates: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh = (dy B) * G, dB = dy^T (h * G) and (dy B) * h, None where not asked for; `host_products.dy_pass`."""
+    dh = dB = products = None
+    if needs_B:
+        assert h is not None
+        dB = (gated(h, gate).to(dy.dtype).t() @ dy).t()
+    if needs_dh or needs_gates:
+        dhg = (dy @ lora_B.to(dy.dtype)).to(wide(dy.dtype))
+        if needs_dh:
+            dh = gated(dhg, gate)
+        if needs_gates:
+            assert h is not None
+            products = dhg * h
+    return dh, dB, products
 
 
 def gate_gradient(products: Tensor, member: Member, modality_ids: Tensor | None) -> Tensor:
@@ -197,22 +229,32 @@ def low_rank_backward(
     needs_A: bool,
 ) -> Tensor | None:
     """Add the low-rank part into dx in place and return dA of the stacked A, [sum of R, K], in float32 or float64."""
-    lora_A = stacked_A([member.lora_A for member in members], dtype)
+    matrices = [member.lora_A for member in members]
+    activations = x if dx is None else dx
+    if dropout == 0 and activations is not None and host_products.can_take(activations, dh.shape[1]):
+        if dx is not None:
+            host_products.expand_add(dx, dh, None, stacked_A(matrices, dh.dtype))
+        return host_products.outer(x, dh) if needs_A and x is not None else None
+    lora_A = stacked_A(matrices, dtype)
     if dropout == 0:
         narrow = dh.to(dtype)
         if dx is not None:
             dx.addmm_(narrow, lora_A)
         return (narrow.t() @ x).to(dh.dtype) if needs_A and x is not None else None
     assert bits is not None
-    scale = dropout_scale(dropout)
-    scaled = (dh * scale).to(dtype)
+    scaled = dh * dropout_scale(dropout)
     dA: Tensor | None = None
     for rows in row_chunks(dh.shape[0], lora_A.shape[1]):
         dropped = dropping(rows_of(bits, rows), lora_A.shape[1], dtype)
         dh_rows = rows_of(scaled, rows)
+        narrow = dh_rows.to(dtype)
         if needs_A and x is not None:
-            part = dh_rows.t() @ dropped(rows_of(x, rows))
-            dA = part.to(dh.dtype) if dA is None else dA.add_(part)
+            dropped_x = dropped(rows_of(x, rows))
+            if host_products.can_take(dropped_x, dh.shape[1]):
+                part = host_products.outer(dropped_x, dh_rows)
+            else:
+                part = (narrow.t() @ dropped_x).to(dh.dtype)
+            dA = part if dA is None else dA.add_(part)
         if dx is not None:
-            rows_of(dx, rows).add_(dropped(dh_rows @ lora_A))
+            rows_of(dx, rows).add_(dropped(narrow @ lora_A))
     return dA
