@@ -403,7 +403,8 @@ void sda_fast_expand_add([[maybe_unused]] std::uint16_t* y, [[maybe_unused]] std
                     out[rank] = line == nullptr ? from[rank] : from[rank] * line[rank];
             }
             round_to_bfloat16(values.data(), values.size(), narrow.data());
-            add_product(y + row * stride, stride, count, std::min(TILE, end - row - count), columns, depth, steps, narrow.data(), packed.data());
+            add_product(y + row * stride, stride, count, std::min(TILE, end - row - count), columns, depth, steps,
+                        narrow.data(), packed.data());
         }
         release_tiles();
     };
