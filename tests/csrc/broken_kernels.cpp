@@ -157,6 +157,15 @@ __global__ void lanes_meet_in_different_operations(Arguments arguments) {
   arguments.y[i] = d[0];
 }
 
+__global__ void lanes_shuffle_in_different_branches(Arguments arguments) {
+  const int i = threadIdx.x;
+  if (arguments.is_broken && i % 2) {
+    arguments.y[i] = 2.f * shuffle_from(1.f, 3);
+  } else {
+    arguments.y[i] = shuffle_from(2.f, 1);
+  }
+}
+
 __global__ void barrier_is_not_reached_by_all(Arguments arguments) {
   if (!arguments.is_broken || threadIdx.x != 40) __syncthreads();
 }
@@ -204,6 +213,7 @@ extern "C" void emulated_kernel(int index, const float* x, float* y, int is_brok
       store_is_misaligned,
       lanes_have_left_before_a_shuffle,
       lanes_meet_in_different_operations,
+      lanes_shuffle_in_different_branches,
       barrier_is_not_reached_by_all,
       index_is_outside_its_array,
       product_overflows,

@@ -25,6 +25,7 @@ const char* const kMeetings[] = {"a barrier of the warp", "a shuffle", "a transp
 struct Barrier {
   unsigned arrived = 0, generation = 0;
   Meeting meeting = Meeting::kBarrier;
+  const void* place = nullptr;  // where in the code they meet
 };
 
 struct Copy {
@@ -106,14 +107,15 @@ void wait(Barrier& barrier, unsigned parties) {
 
 Warp& own_warp() { return warps[indices.thread.x / 32]; }
 
-// What the lanes of a warp give each other, once all of them are there.
+// What the lanes of a warp give each other, once all of them are there; `place` is where the kernel called.
 template <int kRegisters>
-const uint32_t (*meet(Meeting meeting, const uint32_t (&given)[kRegisters]))[6] {
+const uint32_t (*meet(Meeting meeting, const void* place, const uint32_t (&given)[kRegisters]))[6] {
   Warp& warp = own_warp();
-  if (warp.barrier.arrived == 0) warp.barrier.meeting = meeting;
+  if (warp.barrier.arrived == 0) warp.barrier.meeting = meeting, warp.barrier.place = place;
   if (warp.barrier.meeting != meeting) {
     fail("it is at %s, other lanes of its warp at %s", kMeetings[int(meeting)], kMeetings[int(warp.barrier.meeting)]);
   }
+  if (warp.barrier.place != place) fail("it is at %s, other lanes of its warp at another", kMeetings[int(meeting)]);
   uint32_t(*lanes)[6] = warp.exchanged[warp.barrier.generation & 1];
   for (int i = 0; i < kRegisters; ++i) lanes[indices.thread.x % 32][i] = given[i];
   wait(warp.barrier, 32);
@@ -234,12 +236,12 @@ void run(const char* kernel, dim3 grid, unsigned threads, void (*function)(const
 uint32_t exchange(uint32_t value, unsigned source) {
   if (source >= 32) fail("it shuffles from lane %u", source);
   const uint32_t given[1] = {value};
-  return meet(Meeting::kShuffle, given)[source][0];
+  return meet(Meeting::kShuffle, __builtin_return_address(0), given)[source][0];
 }
 
 uint32_t exchange_transposed(uint32_t pair) {
   const uint32_t given[1] = {pair};
-  const auto* lanes = meet(Meeting::kTranspose, given);
+  const auto* lanes = meet(Meeting::kTranspose, __builtin_return_address(0), given);
   const int group = indices.thread.x % 32 / 4, member = indices.thread.x % 4;
   uint32_t transposed = 0;
   for (int i = 0; i < 2; ++i) {
@@ -259,7 +261,7 @@ static double factor_at(const uint32_t (*lanes)[6], Factors factors, int first, 
 // Fragment layouts: PTX manual, "Matrix fragments for mma.m16n8k16 with floating point type" and those "for mma.m16n8k8".
 void multiply(Factors factors, int k, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint32_t given[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  const auto* lanes = meet(Meeting::kProduct, given);
+  const auto* lanes = meet(Meeting::kProduct, __builtin_return_address(0), given);
   const int group = indices.thread.x % 32 / 4, member = indices.thread.x % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = group + (i >> 1) * 8, column = member * 2 + (i & 1);
@@ -292,7 +294,7 @@ namespace sda {
 void sync_warp() {
   emulation::Warp& warp = emulation::own_warp();
   if (warp.barrier.arrived == 31) ++warp.barriers;
-  emulation::meet(emulation::Meeting::kBarrier, {0});
+  emulation::meet(emulation::Meeting::kBarrier, __builtin_return_address(0), {0});
 }
 
 void copy_async(void* shared, const void* global) {

@@ -24,6 +24,7 @@ RULES = {
     "store_is_misaligned": "misaligned access of 16 bytes",
     "lanes_have_left_before_a_shuffle": "deadlock: .* waits at an operation of its warp",
     "lanes_meet_in_different_operations": "it is at a (shuffle|matrix product), other lanes of its warp at a",
+    "lanes_shuffle_in_different_branches": "it is at a shuffle, other lanes of its warp at another",
     "barrier_is_not_reached_by_all": "deadlock: .* waits at a barrier of the block",
     "index_is_outside_its_array": "an index is outside its array in .*broken_kernels.cpp:",
     "product_overflows": "a product overflows in .*broken_kernels.cpp:",
