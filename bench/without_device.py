@@ -14,12 +14,14 @@ class NoDevice:
 
     Attributes:
         launches: of each, in order: grid, the compiled kernel's handle, and the arguments.
+        device: the current one's number.
     """
 
     def __init__(self, capability: int = 90, multiprocessors: int = 132) -> None:
         self.target = GPUTarget("cuda", capability, 32)
         self.multiprocessors = multiprocessors
         self.keeps, self.launches = False, []  # type: ignore[var-annotated]
+        self.device = 0
         self.utils = self
         self.handles = 0
 
@@ -47,7 +49,7 @@ class NoDevice:
         return {"max_shared_mem": 232448, "multiprocessor_count": self.multiprocessors}
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -19,12 +19,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-void check_dense(const Tensor& tensor, const char* name) {
+// `beside` is the tensor on whose device the kernel runs.
+void check_dense(const Tensor& tensor, const char* name, const Tensor& beside) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous(), name, " must be a contiguous CUDA tensor");
+  STD_TORCH_CHECK(tensor.get_device_index() == beside.get_device_index(), name, " is on device ", tensor.get_device_index(),
+                  ", other tensors on device ", beside.get_device_index());
 }
 
-const float* float_pointer(const Tensor& tensor, const char* name, int64_t at_least) {
-  check_dense(tensor, name);
+const float* float_pointer(const Tensor& tensor, const char* name, int64_t at_least, const Tensor& beside) {
+  check_dense(tensor, name, beside);
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
   STD_TORCH_CHECK(tensor.numel() >= at_least, name, " must have at least ", at_least, " elements, got ", tensor.numel());
   return static_cast<const float*>(tensor.const_data_ptr());
@@ -49,14 +52,14 @@ int log2_of(int64_t size, const char* name) {
 sda::PackedWeight packed_weight(const Tensor& packed, const Tensor& code, const Tensor& absmax,
                                 const OptionalTensor& nested_code, const OptionalTensor& nested_absmax,
                                 const OptionalTensor& nested_offset, int64_t block_size, int64_t nested_block_size,
-                                int64_t numel) {
-  check_dense(packed, "packed");
-  check_dense(absmax, "absmax");
+                                int64_t numel, const Tensor& beside) {
+  check_dense(packed, "packed", beside);
+  check_dense(absmax, "absmax", beside);
   const int64_t bytes = packed.numel() * int64_t(packed.element_size());
   STD_TORCH_CHECK(bytes >= (numel + 1) / 2, "packed has ", bytes, " bytes, but ", numel, " elements need ", (numel + 1) / 2);
   sda::PackedWeight weight{};
   weight.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
-  weight.code = float_pointer(code, "code", 16);
+  weight.code = float_pointer(code, "code", 16, beside);
   weight.absmax = absmax.const_data_ptr();
   weight.numel = numel;
   weight.log2_block_size = log2_of(block_size, "block_size");
@@ -67,10 +70,10 @@ sda::PackedWeight packed_weight(const Tensor& packed, const Tensor& code, const 
                     "nested statistics need nested_code, nested_absmax and nested_offset");
     STD_TORCH_CHECK(absmax.scalar_type() == ScalarType::Byte, "nested absmax must be uint8");
     weight.log2_nested_block_size = log2_of(nested_block_size, "nested_block_size");
-    weight.nested_code = float_pointer(*nested_code, "nested_code", 256);
+    weight.nested_code = float_pointer(*nested_code, "nested_code", 256, beside);
     weight.nested_absmax =
-        float_pointer(*nested_absmax, "nested_absmax", (blocks + nested_block_size - 1) / nested_block_size);
-    weight.nested_offset = float_pointer(*nested_offset, "nested_offset", 1);
+        float_pointer(*nested_absmax, "nested_absmax", (blocks + nested_block_size - 1) / nested_block_size, beside);
+    weight.nested_offset = float_pointer(*nested_offset, "nested_offset", 1, beside);
   } else {
     STD_TORCH_CHECK(absmax.scalar_type() == ScalarType::Float, "absmax must be float32");
   }
@@ -89,7 +92,7 @@ void check_launch(cudaError_t error) {
 }
 
 void check_output(const Tensor& out) {
-  check_dense(out, "out");
+  check_dense(out, "out", out);
   STD_TORCH_CHECK(out.dim() == 2, "out must be a matrix, got ", out.dim(), " dimensions");
 }
 
@@ -98,7 +101,7 @@ void decode_4bit(Tensor packed, Tensor code, Tensor absmax, OptionalTensor neste
   check_output(out);
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   const sda::PackedWeight weight = packed_weight(packed, code, absmax, nested_code, nested_absmax, nested_offset, block_size,
-                                                 nested_block_size, out.numel());
+                                                 nested_block_size, out.numel(), out);
   check_launch(sda::decode(weight, out.mutable_data_ptr(), scalar_kind(out, "out", false, true), current_stream(out)));
 }
 
@@ -106,8 +109,8 @@ void decode_fold_4bit(Tensor packed, Tensor code, Tensor absmax, OptionalTensor 
                       OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, Tensor lora_A,
                       Tensor lora_B, Tensor gates, double scaling, Tensor out) {
   check_output(out);
-  check_dense(lora_A, "lora_A");
-  check_dense(lora_B, "lora_B");
+  check_dense(lora_A, "lora_A", out);
+  check_dense(lora_B, "lora_B", out);
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   sda::FoldArguments fold{};
   fold.rows = out.size(0);
@@ -120,13 +123,13 @@ void decode_fold_4bit(Tensor packed, Tensor code, Tensor absmax, OptionalTensor 
   STD_TORCH_CHECK(rank * (fold.rows > fold.columns ? fold.rows : fold.columns) < (int64_t(1) << 31), "matrix too large");
   fold.lora_A = lora_A.const_data_ptr();
   fold.lora_B = lora_B.const_data_ptr();
-  fold.gates = float_pointer(gates, "gates", 1);
+  fold.gates = float_pointer(gates, "gates", 1, out);
   fold.lora_kind = scalar_kind(lora_A, "lora_A", true, false);
   fold.scaling = float(scaling);
   fold.rank = int(rank);
   fold.num_experts = int(num_experts);
   const sda::PackedWeight weight = packed_weight(packed, code, absmax, nested_code, nested_absmax, nested_offset, block_size,
-                                                 nested_block_size, out.numel());
+                                                 nested_block_size, out.numel(), out);
   check_launch(
       sda::decode_fold(weight, fold, out.mutable_data_ptr(), scalar_kind(out, "out", false, true), current_stream(out)));
 }
@@ -136,7 +139,7 @@ void linear_4bit(Tensor x, Tensor packed, Tensor code, Tensor absmax, OptionalTe
                  OptionalTensor bias, OptionalTensor hidden, OptionalTensor lora_B, OptionalTensor gates, double scaling,
                  double code_multiplier, Tensor out, int64_t splits) {
   check_output(out);
-  check_dense(x, "x");
+  check_dense(x, "x", out);
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == out.size(0) && x.scalar_type() == out.scalar_type(),
                   "x [M, K] and out [M, N] must agree in rows and dtype");
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
@@ -150,22 +153,22 @@ void linear_4bit(Tensor x, Tensor packed, Tensor code, Tensor absmax, OptionalTe
   linear.lora_kind = sda::ScalarKind::kFloat32;
   linear.code_multiplier = float(code_multiplier);
   if (bias.has_value()) {
-    check_dense(*bias, "bias");
+    check_dense(*bias, "bias", out);
     STD_TORCH_CHECK(bias->numel() == linear.N && bias->scalar_type() == x.scalar_type(), "bias must be [N] of x's dtype");
     linear.bias = bias->const_data_ptr();
   }
   if (hidden.has_value()) {
     STD_TORCH_CHECK(lora_B.has_value(), "hidden needs lora_B");
-    check_dense(*lora_B, "lora_B");
+    check_dense(*lora_B, "lora_B", out);
     STD_TORCH_CHECK(hidden->dim() == 2 && lora_B->dim() == 2 && hidden->size(0) == linear.M &&
                         lora_B->size(0) == linear.N && hidden->size(1) == lora_B->size(1),
                     "hidden [M, R] and lora_B [N, R] must match x, out and each other");
-    linear.hidden = float_pointer(*hidden, "hidden", 0);
+    linear.hidden = float_pointer(*hidden, "hidden", 0, out);
     linear.lora_B = lora_B->const_data_ptr();
     linear.lora_kind = scalar_kind(*lora_B, "lora_B", true, false);
     linear.rank = int(hidden->size(1));
     if (gates.has_value()) {
-      linear.gates = float_pointer(*gates, "gates", 1);
+      linear.gates = float_pointer(*gates, "gates", 1, out);
       linear.scaling = float(scaling);
       linear.num_experts = int(gates->numel());
       STD_TORCH_CHECK(linear.rank % linear.num_experts == 0, "rank ", linear.rank, " is not a multiple of ",
@@ -173,7 +176,7 @@ void linear_4bit(Tensor x, Tensor packed, Tensor code, Tensor absmax, OptionalTe
     }
   }
   const sda::PackedWeight weight = packed_weight(packed, code, absmax, nested_code, nested_absmax, nested_offset, block_size,
-                                                 nested_block_size, linear.N * linear.K);
+                                                 nested_block_size, linear.N * linear.K, out);
   STD_TORCH_CHECK(splits >= 0 && splits <= 1024, "splits must be 0 (chosen here) to 1024, got ", splits);
   linear.splits = sda::linear_splits(weight, linear, int(splits));
   OptionalTensor parts;  // held until the launch is queued
@@ -186,8 +189,8 @@ void linear_4bit(Tensor x, Tensor packed, Tensor code, Tensor absmax, OptionalTe
 
 sda::GatesArguments gates_arguments(const Tensor& gate_embedding, const Tensor& gate_proj, int64_t modality,
                                     const Tensor& gates) {
-  check_dense(gate_embedding, "gate_embedding");
-  check_dense(gate_proj, "gate_proj");
+  check_dense(gate_embedding, "gate_embedding", gates);
+  check_dense(gate_proj, "gate_proj", gates);
   sda::GatesArguments arguments{};
   STD_TORCH_CHECK(gate_embedding.dim() == 2 && gate_proj.dim() == 2 && gate_embedding.size(1) == gate_proj.size(1) &&
                       gate_embedding.scalar_type() == gate_proj.scalar_type(),
@@ -203,7 +206,7 @@ sda::GatesArguments gates_arguments(const Tensor& gate_embedding, const Tensor& 
   arguments.gate_dim = int(gate_proj.size(1));
   arguments.first_modality = modality < 0 ? 0 : int(modality);
   arguments.wanted = modality < 0 ? arguments.modalities : 1;
-  float_pointer(gates, "gates", int64_t(arguments.wanted) * arguments.num_experts);
+  float_pointer(gates, "gates", int64_t(arguments.wanted) * arguments.num_experts, gates);
   arguments.gates = static_cast<float*>(gates.mutable_data_ptr());
   return arguments;
 }
@@ -216,7 +219,7 @@ void moda_gates(Tensor gate_embedding, Tensor gate_proj, int64_t modality, Tenso
 
 void* gradient_pointer(const OptionalTensor& gradient, const Tensor& parameter, const char* name) {
   if (!gradient.has_value()) return nullptr;
-  check_dense(*gradient, name);
+  check_dense(*gradient, name, parameter);
   STD_TORCH_CHECK(gradient->numel() == parameter.numel() && gradient->scalar_type() == parameter.scalar_type(), name,
                   " must be like its parameter");
   return gradient->mutable_data_ptr();
@@ -225,7 +228,7 @@ void* gradient_pointer(const OptionalTensor& gradient, const Tensor& parameter, 
 void moda_gates_backward(Tensor dgates, Tensor gates, Tensor gate_embedding, Tensor gate_proj, int64_t modality,
                          OptionalTensor dembedding, OptionalTensor dproj) {
   sda::GatesArguments arguments = gates_arguments(gate_embedding, gate_proj, modality, gates);
-  arguments.dgates = float_pointer(dgates, "dgates", int64_t(arguments.wanted) * arguments.num_experts);
+  arguments.dgates = float_pointer(dgates, "dgates", int64_t(arguments.wanted) * arguments.num_experts, gates);
   arguments.dembedding = gradient_pointer(dembedding, gate_embedding, "dembedding");
   arguments.dproj = gradient_pointer(dproj, gate_proj, "dproj");
   const torch::stable::accelerator::DeviceGuard guard(gates.get_device_index());
@@ -274,19 +277,20 @@ sda::ScalarKind lora_kind(const Tensor& lora, const char* name, const Tensor& ac
                                                  : scalar_kind(activations, "activations", false, true);
 }
 
-sda::DropoutArguments dropout_arguments(const OptionalTensor& seed, int64_t threshold, double keep_scale) {
+sda::DropoutArguments dropout_arguments(const OptionalTensor& seed, int64_t threshold, double keep_scale,
+                                        const Tensor& beside) {
   if (threshold == 0) return {nullptr, 0, 1.f};
   STD_TORCH_CHECK(threshold > 0 && threshold <= 65536, "threshold must be 0 to 65536, got ", threshold);
   STD_TORCH_CHECK(seed.has_value(), "dropout needs a seed");
-  check_dense(*seed, "seed");
+  check_dense(*seed, "seed", beside);
   STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, "seed must be one int64");
   return {static_cast<const int64_t*>(seed->const_data_ptr()), int(threshold), float(keep_scale)};
 }
 
 sda::GateTable gate_table(const Tensor& gates, const OptionalTensor& modality_ids, int64_t rows_per_id, double scaling,
-                          int64_t M, int64_t R) {
+                          int64_t M, int64_t R, const Tensor& beside) {
   sda::GateTable table{};
-  table.gates = float_pointer(gates, "gates", 0);
+  table.gates = float_pointer(gates, "gates", 0, beside);
   STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) > 0 && R % gates.size(1) == 0, "gates must be [lines, E] with E dividing ",
                   R);
   table.lines = pass_size(gates.size(0), "gates");
@@ -298,7 +302,7 @@ sda::GateTable gate_table(const Tensor& gates, const OptionalTensor& modality_id
                     table.lines);
     return table;
   }
-  check_dense(*modality_ids, "modality_ids");
+  check_dense(*modality_ids, "modality_ids", beside);
   table.ids_are_64bit = modality_ids->scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(table.ids_are_64bit || modality_ids->scalar_type() == ScalarType::Int, "modality_ids must be int32 or int64");
   STD_TORCH_CHECK(rows_per_id >= 1 && modality_ids->numel() >= (M + rows_per_id - 1) / rows_per_id, "modality_ids has ",
@@ -322,7 +326,7 @@ void moda_project(Tensor x, Tensor lora_A, OptionalTensor seed, int64_t threshol
   arguments.K = pass_size(x.size(1), "x");
   arguments.R = int(h.size(1));
   check_low_rank(h, "h", x, arguments.M, arguments.R);
-  check_dense(lora_A, "lora_A");
+  check_dense(lora_A, "lora_A", x);
   arguments.lora_kind = lora_kind(lora_A, "lora_A", x, arguments.R, arguments.K);
   STD_TORCH_CHECK(sda::is_aligned(lora_A.const_data_ptr(), 16), "lora_A must be 16-byte aligned");
   arguments.x = x.const_data_ptr();
@@ -330,7 +334,7 @@ void moda_project(Tensor x, Tensor lora_A, OptionalTensor seed, int64_t threshol
   arguments.lora_A = lora_A.const_data_ptr();
   arguments.h = static_cast<float*>(h.mutable_data_ptr());
   arguments.h_stride = h.stride(0);
-  arguments.dropout = dropout_arguments(seed, threshold, keep_scale);
+  arguments.dropout = dropout_arguments(seed, threshold, keep_scale, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   arguments.splits = sda::project_splits(arguments, int(parts));
   OptionalTensor of_splits;
@@ -358,10 +362,12 @@ void moda_expand(Tensor y, Tensor h, Tensor lora_B, OptionalTensor bias, Optiona
   arguments.lora_stride_column = lora_B.stride(0);
   arguments.lora_stride_rank = lora_B.stride(1);
   arguments.adds = adds;
-  arguments.dropout = dropout_arguments(seed, threshold, keep_scale);
-  if (gates.has_value()) arguments.gate = gate_table(*gates, modality_ids, rows_per_id, scaling, arguments.M, arguments.R);
+  arguments.dropout = dropout_arguments(seed, threshold, keep_scale, y);
+  if (gates.has_value()) {
+    arguments.gate = gate_table(*gates, modality_ids, rows_per_id, scaling, arguments.M, arguments.R, y);
+  }
   if (bias.has_value()) {
-    check_dense(*bias, "bias");
+    check_dense(*bias, "bias", y);
     STD_TORCH_CHECK(threshold == 0, "there is no bias beside dropout");
     STD_TORCH_CHECK(bias->numel() == arguments.N && bias->scalar_type() == y.scalar_type(), "bias must be [N] of y's dtype");
     arguments.bias = bias->const_data_ptr();
@@ -370,9 +376,9 @@ void moda_expand(Tensor y, Tensor h, Tensor lora_B, OptionalTensor bias, Optiona
   check_launch(sda::expand(arguments, current_stream(y)));
 }
 
-float* gradient_of(const OptionalTensor& gradient, const char* name, int64_t rows, int64_t columns) {
+float* gradient_of(const OptionalTensor& gradient, const char* name, int64_t rows, int64_t columns, const Tensor& beside) {
   if (!gradient.has_value()) return nullptr;
-  check_dense(*gradient, name);
+  check_dense(*gradient, name, beside);
   STD_TORCH_CHECK(gradient->scalar_type() == ScalarType::Float && gradient->dim() == 2 && gradient->size(0) == rows &&
                       gradient->size(1) == columns,
                   name, " must be a float32 [", rows, ", ", columns, "]");
@@ -388,22 +394,22 @@ void moda_dy_pass(Tensor dy, Tensor h, Tensor lora_B, Tensor gates, OptionalTens
   arguments.N = pass_size(dy.size(1), "dy");
   arguments.R = int(h.size(1));
   check_low_rank(h, "h", dy, arguments.M, arguments.R);
-  check_dense(lora_B, "lora_B");
+  check_dense(lora_B, "lora_B", dy);
   arguments.lora_kind = lora_kind(lora_B, "lora_B", dy, arguments.N, arguments.R);
   arguments.dy = dy.const_data_ptr();
   arguments.dy_stride = dy.stride(0);
   arguments.h = static_cast<const float*>(h.const_data_ptr());
   arguments.h_stride = h.stride(0);
   arguments.lora_B = lora_B.const_data_ptr();
-  arguments.gate = gate_table(gates, modality_ids, rows_per_id, scaling, arguments.M, arguments.R);
+  arguments.gate = gate_table(gates, modality_ids, rows_per_id, scaling, arguments.M, arguments.R, dy);
   if (dh.has_value()) {
     check_low_rank(*dh, "dh", dy, arguments.M, arguments.R);
     arguments.dh = static_cast<float*>(dh->mutable_data_ptr());
     arguments.dh_stride = dh->stride(0);
   }
   const int64_t lines = arguments.gate.lines, num_experts = arguments.gate.num_experts;
-  arguments.dB = gradient_of(dB, "dB", arguments.N, arguments.R);
-  arguments.dgates = gradient_of(dgates, "dgates", lines, num_experts);
+  arguments.dB = gradient_of(dB, "dB", arguments.N, arguments.R, dy);
+  arguments.dgates = gradient_of(dgates, "dgates", lines, num_experts, dy);
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
   arguments.chunks = sda::dy_chunks(arguments, int(parts));
   OptionalTensor of_dhg, of_dB, of_dgates;
@@ -428,7 +434,7 @@ void moda_dx_pass(Tensor x, Tensor dh, Tensor lora_A, OptionalTensor dx, Tensor 
   arguments.K = pass_size(x.size(1), "x");
   arguments.R = int(dh.size(1));
   check_low_rank(dh, "dh", x, arguments.M, arguments.R);
-  check_dense(lora_A, "lora_A");
+  check_dense(lora_A, "lora_A", x);
   arguments.lora_kind = lora_kind(lora_A, "lora_A", x, arguments.R, arguments.K);
   arguments.x = x.const_data_ptr();
   arguments.x_stride = x.stride(0);
@@ -441,8 +447,8 @@ void moda_dx_pass(Tensor x, Tensor dh, Tensor lora_A, OptionalTensor dx, Tensor 
     arguments.dx = dx->mutable_data_ptr();
     arguments.dx_stride = dx->stride(0);
   }
-  arguments.dA = gradient_of(dA, "dA", arguments.R, arguments.K);
-  arguments.dropout = dropout_arguments(seed, threshold, keep_scale);
+  arguments.dA = gradient_of(dA, "dA", arguments.R, arguments.K, x);
+  arguments.dropout = dropout_arguments(seed, threshold, keep_scale, x);
   arguments.adds = adds;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   arguments.chunks = sda::dx_chunks(arguments, int(parts));

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_multiprocessor(kColumnTiles
   constexpr int kStep = 32 * kWords;
   constexpr int kUnroll = steps_in_flight(kWords, kColumnTiles);
   constexpr int kSlices = kWarps / kRowTiles;
-  SDA_SHARED uint32_t table[256 * 32];
+  alignas(16) SDA_SHARED uint32_t table[256 * 32];  // filled 16 bytes at a time
   SDA_SHARED float partial[kWarps][8][16 + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4, member = lane % 4;

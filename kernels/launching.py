@@ -55,7 +55,7 @@ class Kernel(JITFunction[Any]):
         return partial(self.launch, grid)
 
     def launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Launch on the current device and stream.
+        """Launch on the device of the tensors and its current stream.
 
         Args:
             grid: number of programs, up to three sizes.
@@ -84,9 +84,17 @@ class PreparedLaunch:
         self.binaries: dict[tuple[Any, ...], Binary] = {}
 
     def __call__(self, *pointers: torch.Tensor | None) -> None:
-        """Launch on the current device and stream."""
+        """Launch on the device of the tensors and its current stream."""
         active = driver.active
         device = active.get_current_device()
+        for one in pointers:
+            if one is not None:
+                home = one.get_device()
+                if home != device and home >= 0:
+                    # A layer may lie on another device than the current one.
+                    with torch.cuda.device(home):
+                        return self(*pointers)
+                break
         key = (
             device,
             *[None if one is None else (one.dtype, one.data_ptr() % POINTER_ALIGNMENT) for one in pointers],

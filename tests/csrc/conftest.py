@@ -34,14 +34,49 @@ class WeightArguments(ctypes.Structure):
     )
 
 
-def pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+class EmulatedLibrary:
+    """The compiled launchers. A call may use the memory of the tensors that `pointer` was given for it, no other."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        library.emulated_end.restype = ctypes.c_char_p
+
+    def pointer(self, tensor: torch.Tensor | None, *, written: bool = False) -> int | None:
+        """The address of a tensor that the next call reads, or also writes."""
+        if tensor is None:
+            return None
+        rows, row_bytes, stride = pieces(tensor)
+        sizes = (c_int64(size) for size in (rows, row_bytes, stride))
+        self.library.emulated_allow(c_void_p(tensor.data_ptr()), *sizes, int(written))
+        return tensor.data_ptr()
+
+    def call(self, name: str, *arguments: object) -> int:
+        """What a function of the library returns.
+
+        Raises:
+            AssertionError: a kernel broke one of CUDA's rules.
+        """
+        result = getattr(self.library, f"emulated_{name}")(*arguments)
+        broken = self.library.emulated_end().decode()
+        assert not broken, broken
+        return result
+
+
+def pieces(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Where a tensor's elements are: so many pieces, bytes of one, bytes from one to the next."""
+    size = tensor.element_size()
+    if tensor.dim() == 2 and tensor.stride(1) != 1:
+        tensor = tensor.t()
+    if tensor.is_contiguous():
+        return 1, tensor.numel() * size, tensor.numel() * size
+    assert tensor.dim() == 2 and tensor.stride(1) == 1
+    return tensor.shape[0], tensor.shape[1] * size, tensor.stride(0) * size
 
 
 class EmulatedKernels:
     """The launchers of csrc/ on CPU tensors; `state` is a bitsandbytes QuantState."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: EmulatedLibrary) -> None:
         self.library = library
         self.kept: list[torch.Tensor | None] = []
 
@@ -49,6 +84,7 @@ class EmulatedKernels:
         nested = state.state2
         offset = None if nested is None else state.offset.float().reshape(1)
         self.kept = [packed, state.code, state.absmax, offset]
+        pointer = self.library.pointer
         return WeightArguments(
             pointer(packed),
             pointer(state.code),
@@ -61,24 +97,27 @@ class EmulatedKernels:
             (nested.blocksize if nested else 256).bit_length() - 1,
         )
 
+    def pointers(self, *tensors: torch.Tensor | None, written: bool = False) -> list[c_void_p]:
+        return [c_void_p(self.library.pointer(tensor, written=written)) for tensor in tensors]
+
     def decode(self, packed: torch.Tensor, state, out: torch.Tensor) -> torch.Tensor:
-        self.library.emulated_decode(
-            ctypes.byref(self.weight(packed, state)), ctypes.c_void_p(pointer(out)), SCALAR_KINDS[out.dtype]
-        )
+        weight = self.weight(packed, state)
+        self.library.call("decode", ctypes.byref(weight), *self.pointers(out, written=True), SCALAR_KINDS[out.dtype])
         return out
 
     def decode_fold(self, packed, state, lora_A, lora_B, gates, scaling, out) -> torch.Tensor:
         rows, columns = state.shape
-        self.library.emulated_decode_fold(
+        self.library.call(
+            "decode_fold",
             ctypes.byref(self.weight(packed, state)),
-            *(ctypes.c_void_p(pointer(tensor)) for tensor in (lora_A, lora_B, gates)),
+            *self.pointers(lora_A, lora_B, gates),
             SCALAR_KINDS[lora_A.dtype],
             ctypes.c_float(scaling),
             lora_A.shape[0],
             gates.numel(),
             ctypes.c_int64(rows),
             ctypes.c_int64(columns),
-            ctypes.c_void_p(pointer(out)),
+            *self.pointers(out, written=True),
             SCALAR_KINDS[out.dtype],
         )
         return out
@@ -88,12 +127,13 @@ class EmulatedKernels:
     ) -> int:
         """Fills out; returns into how many parts K was split, 0 if the path for any shape was taken."""
         rows, columns = state.shape
-        return self.library.emulated_linear(
+        return self.library.call(
+            "linear",
             ctypes.byref(self.weight(packed, state)),
-            *(ctypes.c_void_p(pointer(tensor)) for tensor in (x, bias, hidden, lora_B, gates)),
+            *self.pointers(x, bias, hidden, lora_B, gates),
             ctypes.c_float(scaling),
             1 if gates is None else gates.numel(),
-            ctypes.c_void_p(pointer(out)),
+            *self.pointers(out, written=True),
             SCALAR_KINDS[x.dtype],
             SCALAR_KINDS[torch.float32 if lora_B is None else lora_B.dtype],
             ctypes.c_float(code_multiplier),
@@ -121,9 +161,12 @@ class EmulatedKernels:
         return gradients
 
     def _gates(self, embedding, proj, modality, gates, dgates=None, dembedding=None, dproj=None) -> None:
-        tensors = (embedding, proj, gates, dgates, dembedding, dproj)
-        self.library.emulated_gates(
-            *(ctypes.c_void_p(pointer(tensor)) for tensor in tensors),
+        self.library.call(
+            "gates",
+            *self.pointers(embedding, proj),
+            *self.pointers(gates, written=dgates is None),
+            *self.pointers(dgates),
+            *self.pointers(dembedding, dproj, written=True),
             SCALAR_KINDS[proj.dtype],
             *(*embedding.shape, proj.shape[0], modality),
         )
@@ -181,69 +224,70 @@ class Dx(Structure):
     )
 
 
-def rows_of(tensor):
-    """Pointer and row stride of a matrix."""
-    return (None, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
-
-
-def dropout_of(seed, threshold, scale):
-    return Dropout(pointer(seed), threshold, scale) if threshold else Dropout(None, 0, 1.0)
-
-
-def gate_of(gates, ids, rows_per_id, scaling):
-    if gates is None:
-        return Gate()
-    return Gate(
-        pointer(gates), pointer(ids), ids is not None and ids.dtype == torch.int64, rows_per_id, *gates.shape, scaling
-    )
-
-
 class EmulatedOperations:
     """What the binding registers, with the launchers on CPU tensors; results are filled with NaN before."""
 
-    def __init__(self, library):
+    def __init__(self, library: EmulatedLibrary):
         self.library = library
         self.parts = 0  # how many the last call had
 
+    def rows(self, tensor, *, written=False):
+        """Pointer and row stride of a matrix."""
+        return (None, 0) if tensor is None else (self.library.pointer(tensor, written=written), tensor.stride(0))
+
+    def dropout(self, seed, threshold, scale):
+        return Dropout(self.library.pointer(seed), threshold, scale) if threshold else Dropout(None, 0, 1.0)
+
+    def gate(self, gates, ids, rows_per_id, scaling):
+        if gates is None:
+            return Gate()
+        pointers = self.library.pointer(gates), self.library.pointer(ids)
+        return Gate(*pointers, ids is not None and ids.dtype == torch.int64, rows_per_id, *gates.shape, scaling)
+
     def moda_project(self, x, lora_A, seed, threshold, keep_scale, h, parts=0):
         h.fill_(float("nan"))
-        kinds = SCALAR_KINDS[x.dtype], SCALAR_KINDS[lora_A.dtype]
-        dropout = dropout_of(seed, threshold, keep_scale)
-        arguments = Project(*rows_of(x), pointer(lora_A), *kinds, *rows_of(h), dropout, *x.shape, lora_A.shape[0])
-        self.parts = self.library.emulated_project(ctypes.byref(arguments), parts)
+        arguments = Project(
+            *(*self.rows(x), self.library.pointer(lora_A), SCALAR_KINDS[x.dtype], SCALAR_KINDS[lora_A.dtype]),
+            *(*self.rows(h, written=True), self.dropout(seed, threshold, keep_scale), *x.shape, lora_A.shape[0]),
+        )
+        self.parts = self.library.call("project", ctypes.byref(arguments), parts)
 
     def moda_expand(self, y, h, lora_B, bias, *rest):
         *gate, seed, threshold, keep_scale, adds = rest
         if not adds:
             y.fill_(float("nan"))
-        dropout = dropout_of(seed, threshold, keep_scale)
+        pointer = self.library.pointer
         arguments = Expand(
-            *(*rows_of(y), pointer(bias), *rows_of(h), pointer(lora_B), *lora_B.stride()),
-            *(SCALAR_KINDS[y.dtype], SCALAR_KINDS[lora_B.dtype], gate_of(*gate), dropout),
-            *(*y.shape, h.shape[1], adds),
+            *(*self.rows(y, written=True), pointer(bias), *self.rows(h), pointer(lora_B), *lora_B.stride()),
+            *(SCALAR_KINDS[y.dtype], SCALAR_KINDS[lora_B.dtype], self.gate(*gate)),
+            *(self.dropout(seed, threshold, keep_scale), *y.shape, h.shape[1], adds),
         )
-        self.library.emulated_expand(ctypes.byref(arguments))
+        self.library.call("expand", ctypes.byref(arguments))
 
     def moda_dy_pass(self, dy, h, lora_B, gates, ids, rows_per_id, scaling, dh, dB, dgates, parts=0):
         for result in (dh, dB, dgates):
             if result is not None and result is not h:
                 result.fill_(float("nan"))
+        pointer = self.library.pointer
+        kinds = SCALAR_KINDS[dy.dtype], SCALAR_KINDS[lora_B.dtype]
         arguments = Dy(
-            *(*rows_of(dy), *rows_of(h), pointer(lora_B), SCALAR_KINDS[dy.dtype], SCALAR_KINDS[lora_B.dtype]),
-            *(gate_of(gates, ids, rows_per_id, scaling), *rows_of(dh), pointer(dB), pointer(dgates)),
+            *(*self.rows(dy), *self.rows(h), pointer(lora_B), *kinds, self.gate(gates, ids, rows_per_id, scaling)),
+            *(*self.rows(dh, written=True), pointer(dB, written=True), pointer(dgates, written=True)),
             *(*dy.shape, h.shape[1]),
         )
-        self.parts = self.library.emulated_dy_pass(ctypes.byref(arguments), parts)
+        self.parts = self.library.call("dy_pass", ctypes.byref(arguments), parts)
 
     def moda_dx_pass(self, x, dh, lora_A, dx, dA, seed, threshold, keep_scale, adds, parts=0):
         dA.fill_(float("nan"))
         if dx is not None and not adds:
             dx.fill_(float("nan"))
+        pointer = self.library.pointer
         arguments = Dx(
-            *(*rows_of(x), *rows_of(dh), pointer(lora_A), SCALAR_KINDS[x.dtype], SCALAR_KINDS[lora_A.dtype]),
-            *(*rows_of(dx), pointer(dA), dropout_of(seed, threshold, keep_scale), *x.shape, dh.shape[1], adds),
+            *(*self.rows(x), *self.rows(dh), pointer(lora_A), SCALAR_KINDS[x.dtype], SCALAR_KINDS[lora_A.dtype]),
+            *(*self.rows(dx, written=True), pointer(dA, written=True), self.dropout(seed, threshold, keep_scale)),
+            *(*x.shape, dh.shape[1], adds),
         )
-        self.parts = self.library.emulated_dx_pass(ctypes.byref(arguments), parts)
+        self.parts = self.library.call("dx_pass", ctypes.byref(arguments), parts)
 
 
 class BuildCache:
@@ -285,18 +329,49 @@ def build_cache(request, tmp_path_factory) -> BuildCache:
     return BuildCache(tmp_path_factory.mktemp("csrc"))
 
 
-@pytest.fixture(scope="session")
-def emulated_kernels(build_cache) -> EmulatedKernels:
+def emulated_library(
+    build_cache: BuildCache, kernels: Iterable[Path], interface: Iterable[Path] = ()
+) -> EmulatedLibrary:
+    """Kernels with the emulation, and the C functions by which tests call them."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ not found: the kernels cannot be emulated on the host")
     here, csrc = ROOT / "tests" / "csrc", ROOT / "csrc"
-    command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-DSDA_EMULATE"]
-    command += [f"-I{here}", f"-I{csrc}", "-x", "c++", str(here / "emulated_kernels.cpp")]
-    command += [str(csrc / name) for name in KERNEL_FILES]
-    sources = [*csrc.glob("*.*"), here / "emulated_kernels.cpp", here / "emulator.h"]
-    library, _ = build_cache.build(command, sources, suffix=".so")
-    return EmulatedKernels(ctypes.CDLL(str(library)))
+    common = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-ffp-contract=off",
+        "-fPIC",
+        f"-I{here}",
+        f"-I{csrc}",
+        "-DSDA_EMULATE",
+        "-x",
+        "c++",
+    ]
+    # Every access to memory is reported to emulated_memory.cpp, whole structures as they are in the source.
+    watched = ["-fsanitize=thread", "-fno-tree-sra", "-fsanitize=signed-integer-overflow,shift,bounds"]
+    headers = [*here.glob("*.h"), *csrc.glob("*.h"), *csrc.glob("*.cuh")]
+    sources = [(path, watched) for path in kernels] + [
+        (path, []) for path in (*interface, here / "emulated_threads.cpp", here / "emulated_memory.cpp")
+    ]
+    objects = [build_cache.build([*common, *flags, "-c", str(path)], [path, *headers])[0] for path, flags in sources]
+    library, _ = build_cache.build([compiler, "-shared", *map(str, objects)], [], suffix=".so")
+    return EmulatedLibrary(ctypes.CDLL(str(library)))
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(build_cache) -> EmulatedKernels:
+    # without_barriers.py names a changed copy of one of them.
+    changed = Path(os.environ.get("SDA_FAST_EMULATE_INSTEAD", ""))
+    kernels = [changed if name == changed.name else ROOT / "csrc" / name for name in KERNEL_FILES]
+    interface = ROOT / "tests" / "csrc" / "emulated_kernels.cpp"
+    return EmulatedKernels(emulated_library(build_cache, kernels, [interface]))
+
+
+@pytest.fixture(scope="session")
+def broken_kernels(build_cache) -> EmulatedLibrary:
+    return emulated_library(build_cache, [ROOT / "tests" / "csrc" / "broken_kernels.cpp"])
 
 
 @pytest.fixture

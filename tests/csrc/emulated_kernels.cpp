@@ -1,7 +1,11 @@
 // A C interface for the tests to the launchers of csrc/, all compiled for the host with emulator.h.
+#include <vector>
+
 #include "launchers.h"
 
 extern "C" {
+
+void emulated_allow(void* first, int64_t rows, int64_t row_bytes, int64_t stride, int is_written);
 
 struct WeightArguments {
   const void* packed;
@@ -15,6 +19,13 @@ struct WeightArguments {
   int32_t log2_nested_block_size;
 };
 
+// Memory for what is summed in parts, full of NaN.
+static float* parts_of(std::vector<float>& parts, int64_t numel) {
+  parts.assign(numel, std::nanf(""));
+  emulated_allow(parts.data(), 1, numel * int64_t(sizeof(float)), numel * int64_t(sizeof(float)), 1);
+  return parts.data();
+}
+
 static sda::PackedWeight to_weight(const WeightArguments& w) {
   return {static_cast<const uint8_t*>(w.packed),      static_cast<const float*>(w.code),
           w.absmax,                                   static_cast<const float*>(w.nested_code),
@@ -22,8 +33,6 @@ static sda::PackedWeight to_weight(const WeightArguments& w) {
           w.numel,                                    w.log2_block_size,
           w.log2_nested_block_size};
 }
-
-void emulated_set_multiprocessors(int count) { sda::multiprocessors = count; }
 
 int emulated_decode(const WeightArguments* weight, void* out, int out_kind) {
   return sda::decode(to_weight(*weight), out, sda::ScalarKind(out_kind), nullptr);
@@ -64,8 +73,8 @@ int emulated_linear(const WeightArguments* weight, const void* x, const void* bi
     return 0;
   }
   arguments.splits = sda::linear_splits(packed, arguments, wanted_splits);
-  std::vector<float> parts(arguments.splits * M * N, std::nanf(""));
-  arguments.parts = parts.data();
+  std::vector<float> parts;
+  arguments.parts = parts_of(parts, arguments.splits * M * N);
   sda::linear(packed, arguments, nullptr);
   return arguments.splits;
 }
@@ -88,12 +97,7 @@ int emulated_gates(const void* embedding, const void* proj, void* gates, const v
   return dgates == nullptr ? sda::gates(arguments, nullptr) : sda::gates_backward(arguments, nullptr);
 }
 
-// The passes: what is summed in parts gets them here, full of NaN. `wanted` is how many, 0 for the launcher's choice; the
-// number is returned.
-static float* parts_of(std::vector<float>& parts, int64_t numel) {
-  parts.assign(numel, std::nanf(""));
-  return parts.data();
-}
+// The passes: `wanted` is into how many parts a sum is cut, 0 for the launcher's choice; the number is returned.
 
 int emulated_project(sda::ProjectArguments* arguments, int wanted) {
   std::vector<float> parts;

@@ -1,18 +1,13 @@
 // Runs the kernels of csrc/ on a CPU: every CUDA thread is a fiber, one block at a time, and whatever threads do together
 // (barriers, shuffles, matrix products) waits until all of them have arrived. Slow, single-threaded, exact in indices.
+//
+// The kernels are compiled with -fsanitize=thread, and emulated_memory.cpp is what stands behind it: it sees every access.
 #pragma once
-
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <vector>
 
 #define __device__
 #define __host__
@@ -21,7 +16,7 @@
 #define __launch_bounds__(...)
 #define SDA_SHARED static
 #define SDA_LAUNCH(kernel, grid, threads, stream, ...) \
-  sda::emulation::run((grid), (threads), [&] { (kernel)(__VA_ARGS__); })
+  sda::emulation::launch(#kernel, (grid), (threads), [=] { (kernel)(__VA_ARGS__); })
 
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -33,7 +28,6 @@ struct dim3 {
   unsigned x, y;
   dim3(unsigned x = 0, unsigned y = 1) : x(x), y(y) {}
 };
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 using std::min;
 
 using cudaStream_t = void*;
@@ -43,129 +37,45 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 namespace sda {
 
-inline int multiprocessors = 2;
-inline int multiprocessor_count() { return multiprocessors; }
+int multiprocessor_count();
 
 namespace emulation {
 
-constexpr size_t kStackBytes = 128 * 1024;
-
-struct Barrier {
-  unsigned arrived = 0, generation = 0;
+struct Indices {
+  dim3 thread, block, block_size, grid;
 };
+extern Indices indices;
 
-struct Copy {
-  void* shared;
-  const void* global;
-};
+void run(const char* kernel, dim3 grid, unsigned threads, void (*body)(const void*), const void* arguments);
 
-struct Fiber {
-  ucontext_t context;
-  bool finished = false;
-  std::vector<Copy> started;                 // since the last commit
-  std::deque<std::vector<Copy>> under_way;  // by commit
-};
-
-inline std::vector<Fiber> fibers;
-inline std::vector<char> stacks;
-inline ucontext_t scheduler;
-inline unsigned current, alive;
-inline uint32_t shuffle = 1;
-inline Barrier block_barrier;
-inline std::vector<Barrier> warp_barriers;
-inline uint32_t exchanged[32][32][8];  // [warp][lane][register]
-inline const std::function<void()>* body;
-
-inline void wait(Barrier& barrier, unsigned parties) {
-  const unsigned generation = barrier.generation;
-  if (++barrier.arrived == parties) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    return;
-  }
-  const unsigned self = current;
-  while (barrier.generation == generation) {
-    swapcontext(&fibers[self].context, &scheduler);
-  }
+template <typename Body>
+void launch(const char* kernel, dim3 grid, unsigned threads, const Body& body) {
+  run(kernel, grid, threads, [](const void* arguments) { (*static_cast<const Body*>(arguments))(); }, &body);
 }
 
-inline void wait_warp() { wait(warp_barriers[threadIdx.x / 32], 32); }
+enum class Factors { kBFloat16, kFloat16, kTf32 };
 
-inline void fiber_main() {
-  (*body)();
-  if (!fibers[current].started.empty() || !fibers[current].under_way.empty()) {
-    std::fprintf(stderr, "a thread ends before its copies do\n");
-    std::abort();
-  }
-  fibers[current].finished = true;
-  --alive;
-}
-
-inline void run_block() {
-  const unsigned threads = blockDim.x;
-  for (unsigned i = 0; i < threads; ++i) {
-    Fiber& fiber = fibers[i];
-    fiber.finished = false;
-    fiber.started.clear();
-    fiber.under_way.clear();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks.data() + i * kStackBytes;
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, fiber_main, 0);
-  }
-  block_barrier = {};
-  warp_barriers.assign(threads / 32, {});
-  alive = threads;
-  if (threads & (threads - 1)) {
-    std::fprintf(stderr, "blocks have a power of two of threads here, not %u\n", threads);
-    std::abort();
-  }
-  unsigned idle_rounds = 0, rounds_to_stall = 0;
-  uint32_t stalled = 0;  // one bit a warp
-  while (alive > 0) {
-    const unsigned before = alive;
-    const unsigned generation = block_barrier.generation;
-    unsigned warp_generations = 0;
-    for (const Barrier& barrier : warp_barriers) warp_generations += barrier.generation;
-    // So that a missing barrier shows, threads take turns in another order every round, and some warps stand still for as
-    // long as the others have something to do.
-    shuffle = shuffle * 1664525u + 1013904223u;
-    if (rounds_to_stall == 0 || idle_rounds > 0) stalled = shuffle >> 13, rounds_to_stall = 256;
-    --rounds_to_stall;
-    for (unsigned turn = 0; turn < threads; ++turn) {
-      const unsigned i = (turn * (shuffle >> 8 | 1u) + (shuffle >> 16)) % threads;
-      if (fibers[i].finished || (stalled >> (i / 32) & 1)) continue;
-      current = i;
-      threadIdx.x = i;
-      swapcontext(&scheduler, &fibers[i].context);
-    }
-    unsigned after = 0;
-    for (const Barrier& barrier : warp_barriers) after += barrier.generation;
-    idle_rounds = alive == before && generation == block_barrier.generation && after == warp_generations ? idle_rounds + 1 : 0;
-    if (idle_rounds > 100) {
-      std::fprintf(stderr, "deadlock: a barrier not reached by all its threads\n");
-      std::abort();
-    }
-  }
-}
-
-inline void run(dim3 grid, unsigned threads, const std::function<void()>& kernel) {
-  body = &kernel;
-  gridDim = grid;
-  blockDim.x = threads;
-  if (fibers.size() < threads) {
-    fibers.resize(threads);
-    stacks.resize(threads * kStackBytes);
-  }
-  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block();
-  }
-}
+// Stops the launch unless the address is aligned; for an access that is more than one of the host's.
+void check_alignment(const void* address, size_t bytes);
+// Notes a load through the path for what no thread writes during the launch.
+void note_read_only(const void* address, size_t bytes);
+// What lane `source` of the warp gives.
+uint32_t exchange(uint32_t value, unsigned source);
+uint32_t exchange_transposed(uint32_t pair);
+// d += a b for one warp, 16 x 8 x k.
+void multiply(Factors factors, int k, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void wait_for_block();
+void wait_for_copies(unsigned still_under_way);
 
 }  // namespace emulation
 
-inline void sync_warp() { emulation::wait_warp(); }
+void sync_warp();
+void copy_async(void* shared, const void* global);
+void commit_copies();
+template <int N>
+void wait_for_copies() {
+  emulation::wait_for_copies(N);
+}
 
 inline uint32_t float_bits(float value) {
   uint32_t bits;
@@ -191,77 +101,43 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
-inline void require_aligned(const void* address, size_t bytes, const char* access) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-    std::fprintf(stderr, "misaligned %s of %zu bytes\n", access, bytes);
-    std::abort();
-  }
+template <typename V>
+V load_streaming(const V* address) {
+  emulation::check_alignment(address, sizeof(V));
+  return *address;
 }
 
 template <typename V>
 V load_cached(const V* address) {
-  require_aligned(address, sizeof(V), "load");
-  return *address;
+  emulation::note_read_only(address, sizeof(V));
+  return load_streaming(address);
 }
 
 inline void store_wide(void* address, uint4 value) {
-  require_aligned(address, 16, "store");
+  emulation::check_alignment(address, 16);
   *static_cast<uint4*>(address) = value;
-}
-
-// A copy is made as late as it may be, so that a missing wait shows.
-inline void copy_async(void* shared, const void* global) {
-  require_aligned(shared, 16, "copy");
-  require_aligned(global, 16, "copy");
-  emulation::fibers[emulation::current].started.push_back({shared, global});
-}
-inline void commit_copies() {
-  emulation::Fiber& fiber = emulation::fibers[emulation::current];
-  fiber.under_way.push_back(std::move(fiber.started));
-  fiber.started.clear();
-}
-template <int N>
-void wait_for_copies() {
-  auto& under_way = emulation::fibers[emulation::current].under_way;
-  for (; under_way.size() > N; under_way.pop_front()) {
-    for (const emulation::Copy& copy : under_way.front()) std::memcpy(copy.shared, copy.global, 16);
-  }
-}
-
-template <typename V>
-V load_streaming(const V* address) {
-  return load_cached(address);
 }
 
 inline float multiply_rounded(float a, float b) { return a * b; }
 inline float add_rounded(float a, float b) { return a + b; }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
-inline float shuffle_from(float value, int source) {
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  emulation::exchanged[warp][lane][0] = float_bits(value);
-  sync_warp();
-  const float other = bits_float(emulation::exchanged[warp][source][0]);
-  sync_warp();
-  return other;
-}
+inline float shuffle_from(float value, int source) { return bits_float(emulation::exchange(float_bits(value), source)); }
+inline float shuffle_xor(float value, int lanes) { return shuffle_from(value, (emulation::indices.thread.x % 32) ^ lanes); }
 
 class LaneTable {
  public:
-  explicit LaneTable(float value) {
-    for (int i = 0; i < 16; ++i) values_[i] = shuffle_from(value, threadIdx.x % 32 / 16 * 16 + i);
-  }
-  float at(uint32_t index) const { return values_[index & 15]; }
+  explicit LaneTable(float value) : value_(value) {}
+  float at(uint32_t index) const { return shuffle_from(value_, (emulation::indices.thread.x & 16) | (index & 15)); }
 
  private:
-  float values_[16];
+  float value_;
 };
-
-inline float shuffle_xor(float value, int lanes) { return shuffle_from(value, (threadIdx.x % 32) ^ lanes); }
 
 struct BFloat16 {
   using Storage = uint16_t;
   static constexpr bool kExactInTf32 = true;
+  static constexpr emulation::Factors kFactors = emulation::Factors::kBFloat16;
   static uint16_t round(float value) {
     const uint32_t bits = float_bits(value);
     if (std::isnan(value)) return 0x7FFF;
@@ -274,6 +150,7 @@ struct BFloat16 {
 struct Float16 {
   using Storage = uint16_t;
   static constexpr bool kExactInTf32 = true;
+  static constexpr emulation::Factors kFactors = emulation::Factors::kFloat16;
   static uint16_t round(float value) {
     const _Float16 half = static_cast<_Float16>(value);
     uint16_t bits;
@@ -295,89 +172,26 @@ struct Float32 {
   static float widen(float value) { return value; }
 };
 
-namespace emulation {
-
-inline void post_fragments(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  uint32_t(&slot)[8] = exchanged[threadIdx.x / 32][threadIdx.x % 32];
-  for (int i = 0; i < 4; ++i) slot[i] = a[i];
-  slot[4] = b0;
-  slot[5] = b1;
-  wait_warp();
-}
-
-}  // namespace emulation
-
-// Fragment layouts: PTX manual, "Matrix fragments for mma.m16n8k16 with floating point type".
 template <typename T>
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  emulation::post_fragments(a, b0, b1);
-  const auto& lanes = emulation::exchanged[threadIdx.x / 32];
-  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = group + (i >> 1) * 8, column = member * 2 + (i & 1);
-    double sum = d[i];
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t pair_a = lanes[(row % 8) * 4 + (k % 8) / 2][(row / 8) + (k / 8) * 2];
-      const uint32_t pair_b = lanes[column * 4 + (k % 8) / 2][4 + k / 8];
-      sum += double(T::widen(uint16_t(pair_a >> (16 * (k & 1))))) * double(T::widen(uint16_t(pair_b >> (16 * (k & 1)))));
-    }
-    d[i] = float(sum);
-  }
-  sync_warp();
+  emulation::multiply(T::kFactors, 16, d, a, b0, b1);
 }
 
-// Fragment layouts: PTX manual, "Matrix fragments for mma.m16n8k8", 16-bit types.
 template <typename T>
 void mma_16x8x8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-  emulation::post_fragments({a0, a1, 0, 0}, b0, 0);
-  const auto& lanes = emulation::exchanged[threadIdx.x / 32];
-  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = group + (i >> 1) * 8, column = member * 2 + (i & 1);
-    double sum = d[i];
-    for (int k = 0; k < 8; ++k) {
-      const uint32_t pair_a = lanes[(row % 8) * 4 + k / 2][row / 8], pair_b = lanes[column * 4 + k / 2][4];
-      sum += double(T::widen(uint16_t(pair_a >> (16 * (k & 1))))) * double(T::widen(uint16_t(pair_b >> (16 * (k & 1)))));
-    }
-    d[i] = float(sum);
-  }
-  sync_warp();
+  emulation::multiply(T::kFactors, 8, d, {a0, a1, 0, 0}, b0, 0);
 }
 
-inline uint32_t transpose_8x8(uint32_t pair) {
-  auto& lanes = emulation::exchanged[threadIdx.x / 32];
-  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-  lanes[threadIdx.x % 32][0] = pair;
-  sync_warp();
-  uint32_t transposed = 0;
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t source = lanes[(member * 2 + i) * 4 + group / 2][0];
-    transposed |= (source >> (16 * (group & 1)) & 0xFFFF) << (16 * i);
-  }
-  sync_warp();
-  return transposed;
-}
-
-// Fragment layouts: PTX manual, "Matrix fragments for mma.m16n8k8", tf32.
 inline void mma_tf32_16x8x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  emulation::post_fragments(a, b0, b1);
-  const auto& lanes = emulation::exchanged[threadIdx.x / 32];
-  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = group + (i >> 1) * 8, column = member * 2 + (i & 1);
-    double sum = d[i];
-    for (int k = 0; k < 8; ++k) {
-      const uint32_t left = lanes[(row % 8) * 4 + k % 4][(row / 8) + (k / 4) * 2] & 0xFFFFE000u;
-      const uint32_t right = lanes[column * 4 + k % 4][4 + k / 4] & 0xFFFFE000u;
-      sum += double(bits_float(left)) * double(bits_float(right));
-    }
-    d[i] = float(sum);
-  }
-  sync_warp();
+  emulation::multiply(emulation::Factors::kTf32, 8, d, a, b0, b1);
 }
 
-inline void synchronise_block() { emulation::wait(emulation::block_barrier, blockDim.x); }
+inline uint32_t transpose_8x8(uint32_t pair) { return emulation::exchange_transposed(pair); }
 
 }  // namespace sda
 
-#define __syncthreads() sda::synchronise_block()
+#define threadIdx sda::emulation::indices.thread
+#define blockIdx sda::emulation::indices.block
+#define blockDim sda::emulation::indices.block_size
+#define gridDim sda::emulation::indices.grid
+#define __syncthreads() sda::emulation::wait_for_block()

@@ -117,12 +117,12 @@ def test_fold_is_right_at_the_edges_of_its_tiles(emulated_kernels):
     ids=["one chunk of ranks", "two chunks", "more ranks than are laid out at once"],
 )
 def test_fold_is_right_where_a_cta_goes_down_several_tiles_of_rows(emulated_kernels, shape, rank):
-    emulated_kernels.library.emulated_set_multiprocessors(1)
+    emulated_kernels.library.call("set_multiprocessors", 1)
     try:
         weight = quantised(shape, seed=rank)
         assert_fold_rounds_once(emulated_kernels, weight, rank, 2, torch.float32, (torch.bfloat16,))
     finally:
-        emulated_kernels.library.emulated_set_multiprocessors(2)
+        emulated_kernels.library.call("set_multiprocessors", 2)
 
 
 def test_fold_of_misaligned_pointers_rounds_once(emulated_kernels):

@@ -235,6 +235,20 @@ def test_rows_and_columns_are_summed_in_many_parts(cuda_passes_on_host):
     assert_as_good_as(dA, naive.naive_dx_pass, x, h, lora_A, torch.zeros_like(x), output=0)
 
 
+def test_rows_may_lie_further_apart_than_32_bits_count():
+    M, K, R, stride = 34, 16, 8, 2**26
+    x = torch.empty(M * stride, dtype=torch.float16).as_strided((M, K), (stride, 1))
+    x.copy_(torch.randn(M, K))
+    lora_A, low_rank, gates, ids = adapter(R, K), torch.randn(M, R), torch.rand(2, 4), torch.arange(M) % 2
+    assert (M - 1) * stride > 2**31
+    assert_as_good_as(project(x, lora_A), naive.naive_project, x, lora_A)
+    inputs = (x, low_rank, lora_A.t(), gates, ids, SCALING)
+    for output, actual in enumerate(dy_pass(*inputs)):
+        assert_as_good_as(actual, naive.naive_dy_pass, *inputs, output=output)
+    dA = dx_pass(x, low_rank, lora_A, None)
+    assert_as_good_as(dA, naive.naive_dx_pass, x, low_rank, lora_A, torch.zeros(M, K).half(), output=0)
+
+
 def test_a_row_that_is_not_finite_spoils_no_other():
     M, N, R, E = 40, 40, 8, 4
     values = torch.randn(M, N).half()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from sda_fast.kernels.launching import LARGEST_NUMBER_OF_LAUNCHES, Kernel, kernel
+from sda_fast.kernels.launching import LARGEST_NUMBER_OF_LAUNCHES, Kernel, kernel, prepare
 from without_device import without_device
 
 
@@ -92,6 +93,30 @@ def what_is_remembered_stays_bounded(driver):
     for count in range(2, 2 * LARGEST_NUMBER_OF_LAUNCHES):
         scale_kernel[(1,)](*arguments[:3], count, *arguments[4:], **constants)
     assert len(scale_kernel.launches) <= LARGEST_NUMBER_OF_LAUNCHES
+
+
+def a_launch_goes_to_the_device_of_its_tensors(driver):
+    class OnDevice1(torch.Tensor):
+        def get_device(self):
+            return 1
+
+    @contextlib.contextmanager
+    def device(index):
+        before, driver.device = driver.device, index
+        yield
+        driver.device = before
+
+    torch.cuda.device, driver.keeps = device, True
+    arguments, constants = random_launch(random.Random(4))
+    elsewhere = [one.as_subclass(OnDevice1) if torch.is_tensor(one) else one for one in arguments]
+    launch = prepare(scale_kernel, (1,), arguments[3:], constants)
+    for _ in range(2):
+        launch(*arguments[:3])
+        launch(*elsewhere[:3])
+        scale_kernel[(1,)](*elsewhere, **constants)
+    assert [key[0] for key in launch.binaries] == [0, 1] and driver.device == 0
+    functions = [function for _, function, _, _ in driver.launches]
+    assert functions[:3] == functions[3:] and functions[0] != functions[1] == functions[2]
 
 
 def constants_must_come_last(driver):

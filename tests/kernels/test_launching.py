@@ -20,6 +20,7 @@ BENCH = Path(__file__).parents[2] / "bench"
         "hooks_see_every_launch",
         "an_integer_and_a_float_of_one_value_differ",
         "what_is_remembered_stays_bounded",
+        "a_launch_goes_to_the_device_of_its_tensors",
         "constants_must_come_last",
     ],
 )
