@@ -202,7 +202,7 @@ def as_one_id(modality_ids: Any) -> Any:
 
 
 def ids_of(x: Tensor, modality_ids: Tensor | Sequence[int] | int | None, modalities: int) -> Tensor | None:
-    """The ids as a flat int64 tensor whose length divides the number of rows; None without, or with one for all."""
+    """The ids as a flat, dense int64 tensor whose length divides the number of rows; None without, or one for all."""
     if modality_ids is None:
         return None
     if isinstance(modality_ids, int):
@@ -224,7 +224,7 @@ def ids_of(x: Tensor, modality_ids: Tensor | Sequence[int] | int | None, modalit
         raise ValueError(
             f"modality_ids run from {int(ids.min())} to {int(ids.max())} but there are {modalities} modalities"
         )
-    return ids.reshape(-1).to(device=x.device, dtype=torch.int64)
+    return ids.reshape(-1).to(device=x.device, dtype=torch.int64).contiguous()
 
 
 def check_layer(x: Tensor, N: int, K: int, lora_A: Tensor, lora_B: Tensor, gates: Sequence[int]) -> None:
@@ -253,9 +253,9 @@ def check_width(x: Tensor, K: int) -> None:
 
 
 def savable(bias: Tensor) -> Tensor:
-    """The bias, or a copy that backward can keep: bitsandbytes casts a frozen layer's under inference_mode too."""
+    """The bias, dense, and what backward can keep: bitsandbytes casts a frozen layer's under inference_mode too."""
     copies = torch.is_grad_enabled() and not torch.compiler.is_compiling() and bias.is_inference()
-    return bias.clone() if copies else bias
+    return bias.clone() if copies else bias.contiguous()
 
 
 def check_frozen(weight: Tensor, bias: Tensor | None, N: int) -> None:

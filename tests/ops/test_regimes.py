@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sda_fast.kernels import moda_naive as naive
-from sda_fast.ops.moda_linear import moda_linear_group
+from sda_fast.ops.moda_linear import moda_linear, moda_linear_group
 from sda_fast.ops.regimes import forced_update, update_of_dx, update_of_y
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,6 +63,20 @@ def test_every_way_takes_weights_and_rows_of_any_stride() -> None:
     for first, *others in zip(*results, strict=True):
         for other in others:
             torch.testing.assert_close(first, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ids", [torch.tensor([0, 1, 0]), torch.arange(21).view(3, 7) % 2], ids=["sequences", "tokens"])
+def test_every_way_takes_ids_and_biases_of_any_stride(ids: Tensor, way: str) -> None:
+    x, weight, bias, ids = normal(3, 7, 40), normal(33, 40), normal(33), ids.to(DEVICE)
+    adapter = normal(8, 40), normal(33, 8), torch.softmax(normal(2, 4), -1)
+    strided_bias, strided_ids = normal(33, 2)[:, 1], torch.full((*ids.shape, 2), 99, device=DEVICE)[..., 0]
+    with forced_update(way):
+        dense = moda_linear(x, weight, *adapter, ids, bias=bias, backend="triton")
+        strided = moda_linear(
+            x, weight, *adapter, strided_ids.copy_(ids), bias=strided_bias.copy_(bias), backend="triton"
+        )
+    assert torch.equal(dense, strided)
 
 
 @pytest.mark.parametrize("way", WAYS)
