@@ -142,5 +142,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _bound_size(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
-    size = bounded_size(*image.size, min_pixels, max_pixels)
+    size = bounded_size(image.width, image.height, min_pixels, max_pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
