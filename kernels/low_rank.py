@@ -47,6 +47,7 @@ def low_rank_product(
     """(h * G) times the right factor, [BLOCK_M, BLOCK_N] float32, BLOCK_R ranks a step, of factors rounded to DTYPE."""
     product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_rank in tl.range(0, PADDED_R, BLOCK_R, num_stages=1):
+        right = load_right(lora_ptr, columns, column_mask, first_rank, R, stride_lora_column, stride_lora_rank, BLOCK_R)
         left = load_gated(
             h_ptr,
             gates_ptr,
@@ -63,6 +64,5 @@ def low_rank_product(
             GATE_PER_ROW,
             BLOCK_R,
         )
-        right = load_right(lora_ptr, columns, column_mask, first_rank, R, stride_lora_column, stride_lora_rank, BLOCK_R)
         product = tl.dot(left.to(DTYPE), right.to(DTYPE), product, input_precision="tf32x3")
     return product
