@@ -112,10 +112,6 @@ def gemm_ratios(
     return {name + suffix: ratio for name, ratio in ratios.items()}
 
 
-def has_copy_engine(device: torch.device) -> bool:
-    return moda_gemm_tma.generation(device) in (moda_gemm_tma.HOPPER, moda_gemm_tma.BLACKWELL)
-
-
 def worst_ratio(actual: tuple[torch.Tensor, ...], function: Function, *inputs: object) -> float:
     """The worst error ratio of several results, or one, of a plain function."""
     plain, truth = function(*inputs), function(*doubled(*inputs))
@@ -230,7 +226,7 @@ def main() -> int:
     for shape in CUDA_SHAPES:
         for dtype in (torch.bfloat16, torch.float16):
             ratios = {} if lacking else moda_ratios(shape, dtype, device, CUDA)
-            if has_copy_engine(device) and shape[3] <= moda_gemm_tma.LARGEST_RANK:
+            if moda_gemm_tma.has_copy_engine(device) and shape[3] <= moda_gemm_tma.LARGEST_RANK:
                 ratios |= gemm_ratios(shape, dtype, device, by_copy_engine=True)
             failures += print_ratios(ratios, shape, dtype)
     print(f"{failures} failures" + (f", without the CUDA passes: {lacking}" if lacking else ""))

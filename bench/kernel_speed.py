@@ -217,7 +217,7 @@ def main() -> int:
     shape = check_kernels.SHAPES[0]
     ratios = check_kernels.moda_ratios(shape, DTYPE, device) | check_kernels.four_bit_ratios(shape, DTYPE, device)
     ratios |= check_kernels.group_ratios(shape, DTYPE, device) | check_kernels.gemm_ratios(shape, DTYPE, device)
-    if check_kernels.has_copy_engine(device):
+    if moda_gemm_tma.has_copy_engine(device):
         ratios |= check_kernels.gemm_ratios(check_kernels.CUDA_SHAPES[2], DTYPE, device, by_copy_engine=True)
     lacking = cuda_library.reason_unavailable(device)
     if lacking is None:

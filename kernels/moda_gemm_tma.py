@@ -2,8 +2,8 @@
 
 One program per multiprocessor works off tile after tile. Tiles of x and W come through descriptors, without masks or
 addresses in registers, several steps ahead of the tensor cores; on Hopper the two loops are one, so that the copies for
-the next tile run while this one is finished. The update is added at the end of a tile, where
-dropout's mask can be drawn for a few columns at a time.
+the next tile run while this one is finished. The update is added at the end of a tile, where dropout's mask can be
+drawn for a few columns at a time.
 """
 
 from __future__ import annotations
@@ -222,6 +222,11 @@ def generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether a device is of a generation whose copy engine the kernel is written for."""
+    return generation(device) in (HOPPER, BLACKWELL)
+
+
 def is_described(matrix: torch.Tensor) -> bool:
     """Whether a descriptor can stand for a 16-bit matrix: unit column stride, rows that begin at 16-byte borders."""
     aligned = matrix.data_ptr() % POINTER_ALIGNMENT == 0 and matrix.stride(0) * 2 % POINTER_ALIGNMENT == 0
@@ -230,11 +235,14 @@ def is_described(matrix: torch.Tensor) -> bool:
 
 def serves(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, rank: int) -> bool:
     """Whether the copy engine is there, can take these, and has a tile for every multiprocessor."""
-    if generation(x.device) not in (HOPPER, BLACKWELL) or x.element_size() != 2 or not 1 <= rank <= LARGEST_RANK:
+    if not has_copy_engine(x.device) or x.element_size() != 2 or not 1 <= rank <= LARGEST_RANK or x.shape[1] == 0:
         return False
-    tiles = cdiv(y.shape[0], CONFIG.block_m) * cdiv(y.shape[1], CONFIG.block_n)
     in_memory = weight.t() if is_transposed(weight) else weight
-    return x.shape[1] > 0 and tiles >= multiprocessors(x.device) and all(map(is_described, (x, in_memory, y)))
+    return number_of_tiles(*y.shape) >= multiprocessors(x.device) and all(map(is_described, (x, in_memory, y)))
+
+
+def number_of_tiles(M: int, N: int) -> int:
+    return cdiv(M, CONFIG.block_m) * cdiv(N, CONFIG.block_n)
 
 
 def is_transposed(weight: torch.Tensor) -> bool:
@@ -248,27 +256,27 @@ def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 
 def launch(
-    pointers: Sequence[torch.Tensor | None], sizes: tuple[int, ...], numbers: Sequence[Any], constants: dict[str, Any]
+    pointers: tuple[torch.Tensor, torch.Tensor, *tuple[torch.Tensor | None, ...]],
+    sizes: tuple[int, ...],
+    numbers: Sequence[Any],
+    constants: dict[str, Any],
 ) -> None:
     """Launch with what `updated_product_kernel` takes.
 
     Args:
-        pointers: in the kernel's order.
+        pointers: in the kernel's order, x and weight first.
         sizes: M, N, K, R, and elements from one row of x to the next.
         numbers: those after the weight's stride.
         constants: those that do not belong to the configuration.
     """
-    x, weight = pointers[:2]
-    if x is None or weight is None:
-        raise ValueError("x and weight are needed")
+    x, weight, *_ = pointers
     M, N, _, R, _ = sizes
-    tiles = cdiv(M, CONFIG.block_m) * cdiv(N, CONFIG.block_n)
-    programs = multiprocessors(x.device) if x.is_cuda else 2
+    programs = min(number_of_tiles(M, N), multiprocessors(x.device) if x.is_cuda else 2)
     transposed = is_transposed(weight)
 
     def with_scratch() -> None:
         triton.set_allocator(scratch)
-        updated_product_tma_kernel[(min(tiles, programs),)](
+        updated_product_tma_kernel[(programs,)](
             *pointers,
             *(*sizes, weight.stride(1 if transposed else 0)),
             *numbers,
